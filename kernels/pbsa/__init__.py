@@ -1,0 +1,8 @@
+"""Persistent block-sparse attention (PBSA), the operation of Sparse Forcing (arXiv 2604.21221, section 3).
+
+Read `api` for the interface, `reference` for what the numbers mean, `constraints` for who may run where.
+"""
+
+from .api import BlockLists, backend_report, pbsa_attention, pool_pages, route
+
+__all__ = ["BlockLists", "backend_report", "pbsa_attention", "pool_pages", "route"]

@@ -1,0 +1,148 @@
+"""What each backend of PBSA needs, and which one a call gets.
+
+A backend declares its needs as data (`BackendConstraints`); `why_not` answers with the first need that a call does not
+meet. A backend that was asked for by name runs or raises with that reason; only `auto` chooses, and it logs each
+distinct choice once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger("sparse_forcing.kernels")
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The facts of one call that decide who can serve it; all are host metadata, reading them never syncs."""
+
+    operation: str  # "attention" or "route"
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    block_tokens: int | None = None  # T; None for the router, which sees pooled vectors only
+    candidates: int | None = None  # slots a router row scores; None for attention
+    needs_grad: bool = False
+
+
+@dataclass(frozen=True)
+class BackendConstraints:
+    """What one backend can do. `None` means "any"."""
+
+    dtypes: tuple[torch.dtype, ...]
+    device_types: tuple[str, ...] | None = None
+    head_dim: tuple[int, int] | None = None  # inclusive range
+    block_tokens: tuple[int, ...] | None = None
+    max_candidates: int | None = None
+    needs_triton: bool = False
+    min_capability: tuple[int, int] | None = None
+    has_backward: bool = True
+
+    def why_not(self, call: Call) -> str | None:
+        """The first unmet need in words, or None when the backend can serve `call`."""
+        if self.needs_triton and (reason := triton_missing()):
+            return reason
+        return self._why_not_device(call) or self._why_not_shape(call)
+
+    def _why_not_device(self, call: Call) -> str | None:
+        interpreted = self.needs_triton and interpreter_on()
+        if interpreted:
+            if call.device.type != "cpu":
+                return f"TRITON_INTERPRET=1 runs kernels on CPU tensors only, got a tensor on {call.device}"
+            if call.dtype == torch.bfloat16:
+                return "Triton's interpreter computes bfloat16 products wrongly; use float32 or float16"
+            return None
+        if self.device_types is not None and call.device.type not in self.device_types:
+            return f"it needs a device of type {' or '.join(self.device_types)}, got {call.device}"
+        if self.min_capability is not None:
+            have = torch.cuda.get_device_capability(call.device)
+            if have < self.min_capability:
+                need = ".".join(map(str, self.min_capability))
+                return f"it needs compute capability {need} or newer, {call.device} has {have[0]}.{have[1]}"
+        return None
+
+    def _why_not_shape(self, call: Call) -> str | None:
+        if call.dtype not in self.dtypes:
+            return f"it needs one of {', '.join(map(str, self.dtypes))}, got {call.dtype}"
+        if self.head_dim is not None and not self.head_dim[0] <= call.head_dim <= self.head_dim[1]:
+            return f"it needs a head dim of {self.head_dim[0]} to {self.head_dim[1]}, got {call.head_dim}"
+        tokens = call.block_tokens
+        if self.block_tokens is not None and tokens is not None and tokens not in self.block_tokens:
+            return f"it needs blocks of {', '.join(map(str, self.block_tokens))} tokens, got {tokens}"
+        count = call.candidates
+        if self.max_candidates is not None and count is not None and count > self.max_candidates:
+            return f"it scores at most {self.max_candidates} page slots a row, got {count}"
+        if call.needs_grad and not self.has_backward:
+            return "it has no backward yet, and an input requires grad; use backend='reference' or torch.no_grad()"
+        return None
+
+
+REFERENCE = BackendConstraints(dtypes=(*FLOATS, torch.float64))
+TRITON = BackendConstraints(
+    dtypes=FLOATS,
+    device_types=("cuda",),
+    head_dim=(16, 128),
+    block_tokens=(16, 32, 64, 128),
+    max_candidates=4096,
+    needs_triton=True,
+    min_capability=(8, 0),
+    has_backward=False,
+)
+BACKENDS: dict[str, BackendConstraints] = {"triton": TRITON, "reference": REFERENCE}  # in `auto`'s order
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be imported here, or None. Looked up once, when first asked for."""
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a broken install too is a reason
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def interpreter_on() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (set the variable before the first kernel is used)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose(call: Call, backend: str) -> str:
+    """The backend that serves `call`. Raises ValueError for an unknown name, RuntimeError with the unmet need."""
+    if backend == "auto":
+        return _auto(call)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto, {' or '.join(sorted(BACKENDS))}, got {backend!r}")
+    if reason := BACKENDS[backend].why_not(call):
+        raise RuntimeError(f"PBSA {call.operation}: backend {backend!r} cannot run: {reason}")
+    return backend
+
+
+def _auto(call: Call) -> str:
+    reason = TRITON.why_not(call)
+    if reason is None and interpreter_on():
+        reason = "it would run in Triton's interpreter, which is for tests"
+    chosen = "triton" if reason is None else "reference"
+    why = f"not triton, {reason}" if reason else "its needs are met"
+    _log_choice(call.operation, chosen, why)
+    return chosen
+
+
+@functools.cache
+def _log_choice(operation: str, chosen: str, why: str) -> None:
+    logger.info("PBSA %s: auto took backend %s: %s", operation, chosen, why)
+
+
+def backend_report() -> dict[str, str]:
+    """For each backend "available", or the reason why it is not, on this machine's default device."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not interpreter_on() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    call = Call("attention", device, dtype, head_dim=128, block_tokens=64)
+    return {name: needs.why_not(call) or "available" for name, needs in BACKENDS.items()}

@@ -1,0 +1,107 @@
+"""PBSA in plain PyTorch: this file defines what is correct.
+
+For a query block (g, n) the list names pages of group g; their valid tokens are laid end to end and one softmax runs
+over them all, persistent, current and selected alike:
+
+    s = scale * q k^T,   out = softmax(s) v,   lse = log(sum(exp(s)))        natural log
+
+Precision. Every input is widened to float32 first and everything is computed and accumulated there (float64 inputs stay
+float64: the yardstick that tests measure with). `out` is rounded once, to q's dtype; `lse` keeps the computing dtype.
+Tokens past a page's length are never read: they may hold NaN. A list without a valid token gives out 0, lse -inf and
+zero gradients. Gradients are plain autograd's, for q, k and v, through `out` and `lse`.
+
+Letters: G groups (batch x heads), NQ query blocks, T tokens a block, D head dim, S page slots, M longest list,
+R rows = G * lists a group.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 256 * 2**20  # most that one gather of keys, or one block of scores, may take
+
+
+def attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_len: Tensor, idx: Tensor, cnt: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `api.pbsa_attention`; idx [G, NQ or 1, M], cnt [G, NQ or 1]. One list a group gathers its pages only once."""
+    groups, blocks, tokens, dim = q.shape
+    slots, longest = k_pages.shape[1], idx.shape[2]
+    wide = _computing_dtype(q)
+    valid = torch.arange(tokens, device=q.device) < page_len[..., None]  # [G,S,T]
+    keys, values = (
+        pages.to(wide).masked_fill(~valid[..., None], 0).flatten(0, 1) for pages in (k_pages, v_pages)
+    )
+    first_slot = torch.arange(groups, device=q.device)[:, None, None] * slots
+    pages_RM = (idx.long() + first_slot).flatten(0, 1)
+    listed = torch.arange(longest, device=q.device) < cnt.reshape(-1, 1)
+    keep = (valid.flatten(0, 1)[pages_RM] & listed[..., None]).flatten(1)  # [R,M*T]
+    rows_q = (q.to(wide) * scale).reshape(
+        pages_RM.shape[0], -1, dim
+    )  # [R,T,D], or [G,NQ*T,D] with one list a group
+
+    step = max(1, WORKSPACE_BYTES // (longest * tokens * dim * keys.element_size()))
+    pieces = [
+        _attend_rows(rows, keys, values, pages, kept)
+        for rows, pages, kept in zip(rows_q.split(step), pages_RM.split(step), keep.split(step))
+    ]
+    out, lse = (torch.cat(parts) for parts in zip(*pieces))
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(groups, blocks, tokens)
+
+
+def _attend_rows(
+    rows_q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows [R,Tq,D] over their gathered pages [R,M] -> out [R,Tq,D], lse [R,Tq]; queries in pieces that fit."""
+    rows, _, dim = rows_q.shape
+    k = keys.index_select(0, pages.flatten()).view(rows, -1, dim)
+    v = values.index_select(0, pages.flatten()).view(rows, -1, dim)
+    bias = torch.zeros_like(keep, dtype=keys.dtype).masked_fill_(~keep, -math.inf)[:, None]
+    step = max(1, WORKSPACE_BYTES // (rows * k.shape[1] * k.element_size()))
+    pieces = [_softmax_attention(piece, k, v, bias) for piece in rows_q.split(step, dim=1)]
+    out, lse = (torch.cat(parts, dim=1) for parts in zip(*pieces))
+    return out, lse
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled q [R,Tq,D], k and v [R,K,D], bias [R,1,K] of 0 or -inf. Safe, also in backward, where a row keeps none."""
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2))
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
+    weights = scores.sub_(top).exp_()  # in place: neither baddbmm nor sub_ saves what is overwritten
+    mass = weights.sum(-1, keepdim=True)
+    empty = mass == 0
+    safe_mass = mass.masked_fill(empty, 1)
+    out = torch.bmm(weights, v) / safe_mass
+    lse = (top + safe_mass.log()).masked_fill(empty, -math.inf)
+    return out, lse.squeeze(-1)
+
+
+def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
+    """See `api.pool_pages`."""
+    valid = torch.arange(pages.shape[2], device=pages.device) < page_len[..., None]
+    total = pages.to(_computing_dtype(pages)).masked_fill(~valid[..., None], 0).sum(2)
+    return total / page_len.clamp(min=1)[..., None]
+
+
+def route(
+    pooled_q: Tensor, pooled_k: Tensor, always: Tensor, local: Tensor, keep: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, importance [G, NA + NL]."""
+    blocks, fixed = pooled_q.shape[1], always.shape[1]
+    candidates = torch.cat([always, local], dim=1).long()
+    keys = pooled_k.gather(1, candidates[..., None].expand(-1, -1, pooled_k.shape[2]))
+    scores = torch.bmm(pooled_q * scale, keys.transpose(1, 2))  # [G,NQ,NC]
+    importance = scores.softmax(-1).sum(1)
+    # a stable sort, because topk leaves the order of equal scores open
+    best = scores[..., fixed:].sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    slots = candidates[:, None].expand(-1, blocks, -1)
+    kept = torch.cat([slots[..., :fixed], slots.gather(2, best + fixed)], dim=2)
+    return kept.sort(-1).values.to(torch.int32), importance
+
+
+def _computing_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,27 @@
+"""The ComfyUI room: node schemas with thin `execute` methods, and the hooks that give a Wan model its memory.
+
+Only this room imports ComfyUI, and only once ComfyUI calls the pack's entry point; the node modules themselves load
+inside `get_node_list`, so a start of the host costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class SparseForcingExtension(ComfyExtension):
+    """Everything the pack registers."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .apply import SparseForcingApply
+        from .loaders import SparseForcingModelLoader, SparseForcingWorldModel
+        from .sampler import SparseForcingSampler
+        from .stream_video import SparseForcingStreamVideo
+
+        return [
+            SparseForcingModelLoader,
+            SparseForcingWorldModel,
+            SparseForcingApply,
+            SparseForcingSampler,
+            SparseForcingStreamVideo,
+        ]

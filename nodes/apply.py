@@ -1,0 +1,131 @@
+"""Apply Sparse Forcing: choose what a chunk may attend to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..sparse_attn.config import AttentionConfig
+from .hooks import patch_model
+
+
+class SparseForcingApply(io.ComfyNode):
+    """Schema of the patch; the hooks are in `hooks.patch_model`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SparseForcingApply",
+            display_name="Apply Sparse Forcing",
+            category="model/patch",
+            description=(
+                "Gives a Wan text-to-video model a bounded memory of past frames, read sparsely, so that long videos "
+                "cost the same time and memory per second as short ones. Takes effect with the Sparse Forcing Sampler."
+            ),
+            search_aliases=[
+                "PBSA",
+                "block sparse attention",
+                "persistent memory",
+                "KV cache",
+                "sliding window",
+                "sink",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Wan 2.1 text-to-video model, causal or plain; LoRAs keep working."
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["sparse", "window", "dense"],
+                    default="sparse",
+                    tooltip=(
+                        "sparse: persistent memory, plus the most relevant blocks of a recent window. "
+                        "window: all of a recent window and the sink, like Self-Forcing and LongLive. "
+                        "dense: every past frame; memory grows with length."
+                    ),
+                ),
+                io.Int.Input(
+                    "window_frames",
+                    default=6,
+                    min=1,
+                    max=1024,
+                    tooltip=(
+                        "Latent frames of the recent window, the chunk being denoised included; whole chunks. "
+                        "In mode window this is everything attended, the sink included. "
+                        "More is smoother motion and more memory."
+                    ),
+                ),
+                io.Int.Input(
+                    "persistent_frames",
+                    default=6,
+                    min=0,
+                    max=1024,
+                    tooltip=(
+                        "Mode sparse: room for this many latent frames of the past's most important blocks, "
+                        "the sink included. More keeps the subject steadier over minutes; less is faster."
+                    ),
+                ),
+                io.Float.Input(
+                    "topk",
+                    default=0.25,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Mode sparse: share of the window's blocks that each query block reads. "
+                        "Lower is faster; 1 reads the whole window."
+                    ),
+                ),
+                io.Int.Input(
+                    "sink_frames",
+                    default=3,
+                    min=0,
+                    max=1024,
+                    advanced=True,
+                    tooltip=(
+                        "First latent frames of the video, never forgotten. "
+                        "They hold the scene together; too many freeze motion."
+                    ),
+                ),
+                io.Combo.Input(
+                    "positions",
+                    options=["absolute", "rebased"],
+                    default="absolute",
+                    advanced=True,
+                    tooltip=(
+                        "absolute: frames are counted from the start, as the checkpoints were trained; up to 1024 "
+                        "latent frames (4 minutes). rebased: distances stay within the trained range, for any length."
+                    ),
+                ),
+                io.Int.Input(
+                    "block_tokens",
+                    default=64,
+                    min=16,
+                    max=256,
+                    step=16,
+                    advanced=True,
+                    tooltip="Tokens of a memory block. Smaller blocks choose more finely and run slower.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=["auto", "triton", "reference"],
+                    default="auto",
+                    advanced=True,
+                    tooltip=(
+                        "Attention kernel. auto takes the fastest that works here and logs which; "
+                        "triton or reference run exactly that one or stop with the reason."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="MODEL",
+                    tooltip="The patched model. Samplers other than the Sparse Forcing Sampler find it unchanged.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
+        return io.NodeOutput(patch_model(model, AttentionConfig(**settings)))

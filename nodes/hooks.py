@@ -1,0 +1,198 @@
+"""The hooks on a cloned MODEL that put chunk memory behind its self-attention.
+
+Weights are touched only through the host's own layers (`attn.q/k/v/o/norm_q/norm_k`), so LoRA, offloading, fp8 storage
+and GGUF keep working. Without a run of the Sparse Forcing Sampler every hook steps aside: the model is bitwise itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from comfy.ldm.flux.math import apply_rope1
+from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ..sparse_attn.config import AttentionConfig
+from .checks import require_wan
+from .session import ATTENTION, PASS, RUN, ForwardPass, SamplingRun
+
+logger = logging.getLogger("sparse_forcing.nodes")
+
+
+class StreamAttention:
+    """Replaces `self_attn.forward` of one block: projects, rotates, and lets the run's memory attend."""
+
+    def __init__(self, attn: Any, layer: int):
+        self.attn, self.layer = attn, layer
+
+    def __call__(
+        self,
+        x: Tensor,
+        freqs: Tensor,
+        *args: Any,
+        transformer_options: dict = {},  # noqa: B006 - the host's own signature
+        **kwargs: Any,
+    ) -> Tensor:
+        attn, current = self.attn, transformer_options.get(PASS)
+        if current is None:
+            stock = type(attn).forward
+            return stock(attn, x, freqs, *args, transformer_options=transformer_options, **kwargs)
+        heads = (*x.shape[:2], attn.num_heads, attn.head_dim)
+        q = apply_rope1(attn.norm_q(attn.q(x)).view(heads), current.freqs)
+        k = apply_rope1(attn.norm_k(attn.k(x)).view(heads), current.freqs)
+        y = current.attend(self.layer, q, k, attn.v(x).view(heads)).flatten(2)
+        for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
+            y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
+        return attn.o(y)
+
+
+def diffusion_model_wrapper(
+    executor: Any,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    clip_fea: Tensor | None = None,
+    time_dim_concat: Tensor | None = None,
+    transformer_options: dict = {},  # noqa: B006 - the host's own signature
+    **kwargs: Any,
+) -> Tensor:
+    """Hand the forward its states and positions.
+
+    Positions are float32 whatever the model's type: bfloat16 cannot count frames beyond 256.
+    """
+    run: SamplingRun | None = transformer_options.get(RUN)
+    if run is not None:
+        _refuse_extra_tokens(time_dim_concat, kwargs)
+        network = executor.class_obj
+        keys = transformer_options.get("uuids") or transformer_options["cond_or_uncond"]
+        states = run.states_for(list(keys), network, x)
+        freqs = network.rope_encode(
+            *x.shape[2:],
+            t_start=run.t_start,
+            device=x.device,
+            dtype=torch.float32,
+            transformer_options=transformer_options,
+        )
+        current = ForwardPass(states, freqs, transformer_options)
+        transformer_options = {**transformer_options, PASS: current}
+    return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs)
+
+
+def _refuse_extra_tokens(time_dim_concat: Tensor | None, conditions: dict[str, Any]) -> None:
+    given = {"time_dim_concat": time_dim_concat, **conditions}
+    extra = [
+        k for k in ("time_dim_concat", "reference_latent", "context_latents") if given.get(k) is not None
+    ]
+    if extra:
+        raise ValueError(
+            f"The conditioning carries {', '.join(extra)}, which adds tokens of its own to every chunk. "
+            "Sparse Forcing generates from text; remove the node that adds a reference."
+        )
+
+
+def outer_sample_wrapper(
+    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any
+):
+    """Check shapes and open the run before anything is loaded; warn where another sampler would leave us idle."""
+    guider = executor.class_obj
+    options = guider.model_options["transformer_options"]
+    if hasattr(sampler, "open_run"):
+        options[RUN] = run = sampler.open_run(options, tuple(noise.shape))
+        run.guided = not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+    else:
+        logger.warning(
+            "Sparse Forcing is applied, but only the Sparse Forcing Sampler uses it: idle in this run."
+        )
+    return executor(noise, latent_image, sampler, *args, **kwargs)
+
+
+def prepare_sampling_wrapper(
+    executor: Any, model: Any, noise_shape: Any, conds: dict, *args: Any, **kwargs: Any
+):
+    """Ask the host for the memory of one chunk plus the caches; the whole video's would offload everything."""
+    model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
+    run = model_options.get("transformer_options", {}).get(RUN)
+    if run is not None:
+        noise_shape = _reserving_shape(run, model, noise_shape, conds)
+    return executor(model, noise_shape, conds, *args, **kwargs)
+
+
+def _reserving_shape(run: SamplingRun, model: Any, noise_shape: Any, conds: dict) -> list[int]:
+    """A chunk's shape with frames added until the host's linear estimate covers the caches as well.
+
+    The host loads as many weights as its estimate leaves room for, so the caches have to be part of the estimate;
+    memory freed beforehand would be filled with weights again.
+    """
+    batch, channels, _, height, width = noise_shape
+    sides = conds.values() if run.guided else [conds["positive"]]
+    entries = sum(len(side) for side in sides)
+    state = run.new_state(
+        model.get_model_object("diffusion_model"),
+        noise_shape,
+        batch,
+        model.model.get_dtype_inference(),
+        "meta",
+    )
+    frame_bytes = max(1.0, model.model.memory_required([batch, channels, 1, height, width]))
+    cache_frames = -(-(state.nbytes * entries + run.reserve_bytes) // frame_bytes)
+    return [batch, channels, run.chunk_frames + int(cache_frames), height, width]
+
+
+def patch_model(model: Any, attention: AttentionConfig) -> Any:
+    """A clone of MODEL whose self-attention remembers chunks as `attention` says. ValueError unless it is Wan T2V."""
+    network = require_wan(model)
+    patched = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, outer_sample_wrapper),
+        (WrappersMP.PREPARE_SAMPLING, prepare_sampling_wrapper),
+        (WrappersMP.DIFFUSION_MODEL, diffusion_model_wrapper),
+    ):
+        patched.remove_wrappers_with_key(kind, RUN)
+        patched.add_wrapper_with_key(kind, RUN, wrapper)
+    patched.remove_callbacks_with_key(CallbacksMP.ON_CLONE, RUN)
+    patched.add_callback_with_key(CallbacksMP.ON_CLONE, RUN, _on_clone)
+    for path in _replace_attention(patched, network):
+        logger.warning("Another node had replaced %s; Sparse Forcing takes its place.", path)
+    patched.model_options["transformer_options"][ATTENTION] = attention
+    return patched
+
+
+def _replace_attention(model: Any, network: Any) -> list[str]:
+    """Object patches for every block; returns the paths where another node's patch was overwritten."""
+    foreign = []
+    for layer, block in enumerate(network.blocks):
+        path = f"diffusion_model.blocks.{layer}.self_attn.forward"
+        if not isinstance(model.object_patches.get(path), StreamAttention | None):
+            foreign.append(path)
+        model.add_object_patch(path, StreamAttention(block.self_attn, layer))
+    return foreign
+
+
+def _on_clone(old: Any, new: Any) -> None:
+    """The host sometimes clones onto freshly loaded weights; the patches must then speak of those."""
+    if new.model is not old.model:
+        _replace_attention(new, new.model.diffusion_model)
+
+
+@contextmanager
+def patched_for_this_run(network: Any, model_options: dict[str, Any]) -> Iterator[None]:
+    """The same hooks on a model that no Apply node patched, for the length of one run."""
+    before = [block.self_attn.__dict__.get("forward") for block in network.blocks]
+    add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, RUN, diffusion_model_wrapper, model_options, is_model_options=True
+    )
+    try:
+        for layer, block in enumerate(network.blocks):
+            block.self_attn.forward = StreamAttention(block.self_attn, layer)
+        yield
+    finally:
+        for block, forward in zip(network.blocks, before, strict=True):
+            if forward is None:
+                block.self_attn.__dict__.pop("forward", None)
+            else:
+                block.self_attn.forward = forward

@@ -1,0 +1,128 @@
+"""What one sampling run remembers, and how a forward pass finds it.
+
+`transformer_options` dicts are copied and merged on every model call, so state in a dict would be lost; instances of
+the classes here are carried along by reference. A run holds one `StreamState` for every conditioning entry: with CFG
+above 1, prompt and negative prompt each keep their own keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ..sparse_attn.config import AttentionConfig
+from ..sparse_attn.state import StreamState
+
+RUN = "sparse_forcing"
+PASS = "sparse_forcing_pass"
+ATTENTION = "sparse_forcing_attention"
+PATCH_TOKENS = 2  # latent values a token spans, in height and in width
+
+
+class SamplingRun:
+    """The memory of one sampling run, grown as the host's first forward reveals batch, grid and conditioning.
+
+    `total_frames` (latent) is what mode "dense" allocates for. Implements the memory side of `rollout.stream`:
+    `begin_chunk(frames)` and `end_chunk()`.
+    """
+
+    def __init__(
+        self, attention: AttentionConfig, chunk_frames: int, total_frames: int, reserve_bytes: int = 0
+    ):
+        attention.validate(chunk_frames)
+        self.attention, self.chunk_frames, self.total_frames = attention, chunk_frames, total_frames
+        self.reserve_bytes = reserve_bytes
+        self.guided = True  # whether the negative side is evaluated, too
+        self.states: dict[Hashable, StreamState] = {}
+        self.frame = 0
+        self._frames = 0
+        self._seen: set[Hashable] = set()
+
+    @property
+    def t_start(self) -> int:
+        """Temporal RoPE index of the current chunk's first frame, the same for every conditioning entry."""
+        for state in self.states.values():
+            return state.t_start
+        return self.frame
+
+    def begin_chunk(self, frames: int) -> None:
+        self._frames = frames
+        for state in self.states.values():
+            state.begin_chunk(frames)
+
+    def begin_pass(self) -> None:
+        """Forget which entries have been seen; call before every model call."""
+        self._seen.clear()
+
+    def end_chunk(self) -> None:
+        """Keep the chunk just written. The clean pass must have covered every entry, or a cache would hold noise."""
+        if self._seen != set(self.states):
+            raise ValueError(
+                "A conditioning entry was left out of the clean pass at sigma 0. Sparse Forcing keeps one cache for "
+                "every entry, so conditioning may not be limited to a range of timesteps; remove that limit."
+            )
+        for state in self.states.values():
+            state.end_chunk()
+        self.frame += self._frames
+
+    def states_for(self, keys: list[Hashable], network: Any, x: Tensor) -> list[StreamState]:
+        """The states of one forward, in batch order; `x` [len(keys) * B, C, F, H, W] is its input."""
+        self._seen.update(keys)
+        return [self.states.get(key) or self._open(key, network, x, x.shape[0] // len(keys)) for key in keys]
+
+    def _open(self, key: Hashable, network: Any, x: Tensor, batch: int) -> StreamState:
+        if self.frame:
+            raise ValueError(
+                "A conditioning entry appeared in the middle of a run. Sparse Forcing keeps one cache for every entry "
+                "from the first frame on, so conditioning may not be limited to a range of timesteps."
+            )
+        state = self.new_state(network, x.shape, batch, x.dtype, x.device)
+        state.begin_chunk(self._frames)
+        self.states[key] = state
+        return state
+
+    def new_state(
+        self, network: Any, shape: torch.Size, batch: int, dtype: torch.dtype, device: torch.device | str
+    ) -> StreamState:
+        """An empty state for latents of `shape` [.., H, W] passing through `network`."""
+        return StreamState(
+            layers=len(network.blocks),
+            heads=network.num_heads,
+            head_dim=network.dim // network.num_heads,
+            grid=(-(-shape[-2] // PATCH_TOKENS), -(-shape[-1] // PATCH_TOKENS)),
+            chunk_frames=self.chunk_frames,
+            attention=self.attention,
+            batch=batch,
+            total_frames=self.total_frames,
+            dtype=dtype,
+            device=device,
+        )
+
+
+class ForwardPass:
+    """One forward's view of the run: the states of its batch rows and its rotary table (float32).
+
+    Dense and window attention go through the host's own attention function, where other nodes may have taken its place.
+    """
+
+    def __init__(self, states: list[StreamState], freqs: Tensor, transformer_options: dict[str, Any]):
+        self.states, self.freqs, self.transformer_options = states, freqs, transformer_options
+        for state in states:
+            state.dense_attention = self._host_attention
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotated q, k and v [rows, N, H, D] -> attention output of the same shape; writes the chunk's pages."""
+        if len(self.states) == 1:
+            return self.states[0].attend(layer, q, k, v)
+        rows = zip(*(t.chunk(len(self.states)) for t in (q, k, v)), strict=True)
+        return torch.cat([state.attend(layer, *row) for state, row in zip(self.states, rows, strict=True)])
+
+    def _host_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = q.shape[2]
+        flat = (t.flatten(2) for t in (q, k, v))
+        out = optimized_attention(*flat, heads=heads, transformer_options=self.transformer_options)
+        return out.unflatten(2, (heads, -1))

@@ -1,0 +1,185 @@
+"""The chunk-by-chunk sampler behind both sampling nodes, in the shape of a ComfyUI SAMPLER."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..sparse_attn.config import AttentionConfig, SamplerConfig, check_length
+from ..sparse_attn.rollout import Chunk, prefill, stream
+from .checks import check_latent
+from .hooks import patched_for_this_run
+from .session import ATTENTION, RUN, SamplingRun
+
+logger = logging.getLogger("sparse_forcing.nodes")
+
+
+class StreamSampler(comfy.samplers.KSAMPLER):
+    """A SAMPLER that denoises a video chunk by chunk over the model's chunk memory.
+
+    As an ordinary SAMPLER it fills the latent it is given, starting from the given noise. With `total_frames` it works
+    from a latent of one chunk instead and generates that many latent frames, each chunk handed to `on_chunk` and
+    dropped, so that no tensor grows with the video. `reserve_bytes` is extra device memory the caller will need.
+    """
+
+    def __init__(
+        self,
+        chunk_frames: int,
+        total_frames: int | None = None,
+        on_chunk: Callable[[Chunk], None] | None = None,
+        reserve_bytes: int = 0,
+    ):
+        super().__init__(sample_stream)
+        self.chunk_frames, self.total_frames, self.on_chunk = chunk_frames, total_frames, on_chunk
+        self.reserve_bytes = reserve_bytes
+
+    def open_run(self, transformer_options: dict[str, Any], shape: tuple[int, ...]) -> SamplingRun:
+        """Check the latent's shape [B, C, F, H, W] and make the run's memory; ValueError where it cannot work."""
+        attention = transformer_options.get(ATTENTION, AttentionConfig(mode="dense"))
+        total = self.total_frames or shape[2]
+        check_latent((*shape[:2], total, *shape[3:]))
+        if attention.mode != "dense":
+            check_length(total - given_frames(transformer_options), self.chunk_frames)
+        return SamplingRun(attention, self.chunk_frames, total, self.reserve_bytes)
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        # The host's own callback counts sigmas; ours counts every pass of every chunk, so it is handed past.
+        if denoise_mask is not None:
+            raise ValueError("Sparse Forcing cannot inpaint: remove the noise mask from the latent.")
+        inner = comfy.samplers.KSAMPLER(partial(sample_stream, sampler=self, report=callback))
+        return inner.sample(model_wrap, sigmas, extra_args, None, noise, latent_image, None, disable_pbar)
+
+
+def given_frames(transformer_options: dict[str, Any]) -> int:
+    """Latent frames that ARVideoI2V put in front of the video."""
+    initial = transformer_options.get("ar_config", {}).get("initial_latent")
+    return 0 if initial is None else initial.shape[2]
+
+
+def sample_stream(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable | None,
+    disable: bool,
+    *,
+    sampler: StreamSampler,
+    report: Callable | None,
+) -> Tensor:
+    """Denoise `x` [B, C, F, H, W] (noise scaled to the first sigma) chunk by chunk; returns the clean latent.
+
+    `report(step, x0, x, steps)` is the host's progress and preview callback, called once a pass.
+    """
+    schedule = _schedule(sigmas)
+    options = extra_args["model_options"]["transformer_options"]
+    base = model.inner_model.inner_model
+    s_in = x.new_ones([x.shape[0]])
+    with _open(sampler, base.diffusion_model, extra_args["model_options"], tuple(x.shape)) as run:
+
+        def denoise(latent: Tensor, sigma: float) -> Tensor:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            run.begin_pass()
+            return model(latent, sigma * s_in, **extra_args)
+
+        start = _start_frames(base, options, x)
+        if start is not None:
+            prefill(denoise, run, start, run.chunk_frames)
+        chunks = _chunks(denoise, run, schedule, x, start, extra_args.get("seed") or 0, sampler, report)
+        if sampler.on_chunk is not None:
+            for chunk in chunks:
+                sampler.on_chunk(chunk)
+            return x
+        video = torch.cat([chunk.latent for chunk in chunks], dim=2)
+    if report is not None:
+        report(
+            0, video, video, 1
+        )  # the host keeps the last x0 as "denoised output": the whole video, not a chunk
+    return video
+
+
+def _schedule(sigmas: Tensor) -> tuple[float, ...]:
+    values = tuple(float(s) for s in sigmas)
+    if len(values) < 2 or values[-1] != 0 or 0 in values[:-1]:
+        raise ValueError(
+            f"Sparse Forcing needs a schedule that ends at 0, but got {[round(v, 4) for v in values]}. "
+            "Connect the whole output of a scheduler, not a part of it."
+        )
+    return values[:-1]
+
+
+@contextlib.contextmanager
+def _open(
+    sampler: StreamSampler, network: Any, model_options: dict[str, Any], shape: tuple[int, ...]
+) -> Iterator[SamplingRun]:
+    """The run that the Apply node's hooks opened, or one of our own in mode dense on a model nobody patched."""
+    options = model_options["transformer_options"]
+    run: SamplingRun | None = options.get(RUN)
+    with contextlib.ExitStack() as stack:
+        if run is None:
+            options[RUN] = run = sampler.open_run(options, shape)
+            stack.enter_context(patched_for_this_run(network, model_options))
+        try:
+            yield run
+        finally:
+            run.states.clear()
+
+
+def _start_frames(base: Any, options: dict[str, Any], x: Tensor) -> Tensor | None:
+    """The latent that ARVideoI2V put in front of the video, in the model's scale."""
+    initial = options.get("ar_config", {}).get("initial_latent")
+    return None if initial is None else base.process_latent_in(initial).to(x)
+
+
+def _chunks(
+    denoise: Callable,
+    run: SamplingRun,
+    schedule: tuple[float, ...],
+    x: Tensor,
+    start: Tensor | None,
+    seed: int,
+    sampler: StreamSampler,
+    report: Callable | None,
+) -> Iterator[Chunk]:
+    """The video's chunks, the given start first."""
+    given, passes = 0, len(schedule) + 1
+    if start is not None:
+        given = start.shape[2]
+        yield Chunk(-1, 0, start, 0.0)
+    total = run.total_frames - given
+    steps = -(-total // sampler.chunk_frames) * passes - 1  # the last chunk needs no clean pass
+
+    def on_pass(chunk: int, index: int, _: int, x0: Tensor) -> None:
+        if report is not None:
+            report(chunk * passes + index, x0, x0, steps)
+
+    yield from stream(
+        denoise,
+        run,
+        SamplerConfig(sigmas=schedule, chunk_frames=sampler.chunk_frames),
+        shape=(x.shape[0], x.shape[1], x.shape[3], x.shape[4]),
+        total_frames=total,
+        seed=seed,
+        noise=None if sampler.total_frames else x[:, :, given:],
+        on_pass=on_pass,
+        clean_last=False,
+        device=x.device,
+    )

@@ -1,0 +1,71 @@
+"""Decode latents as they are made, through the decoder of ComfyUI's own Wan 2.1 VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.ldm.wan.vae
+import torch
+from torch import Tensor
+
+LATENT_CHANNELS = 16
+
+
+def require_wan_vae(vae: Any) -> None:
+    """Raise ValueError unless VAE is Wan 2.1's (a smaller one of the same shape will do)."""
+    module = getattr(vae, "first_stage_model", None)
+    known = isinstance(module, comfy.ldm.wan.vae.WanVAE) and vae.latent_channels == LATENT_CHANNELS
+    if not known or getattr(vae, "conv_out_channels", 3) != 3:
+        raise ValueError(
+            f"Stream Video needs the Wan 2.1 VAE ({LATENT_CHANNELS} latent channels), but this one is "
+            f"{type(module).__name__} with {getattr(vae, 'latent_channels', '?')}. "
+            "Connect Load World Model, or Load VAE with wan_2.1_vae.safetensors."
+        )
+
+
+class StreamDecoder:
+    """Push raw latents, get the video frames they complete; in sum equal to the host's VAE Decode.
+
+    The VAE's convolutions remember two past frames. The host's decoder fills that memory only from calls of two latent
+    frames or more, the very first call excepted (one latent frame, one video frame); so a single frame waits for its
+    successor, and `flush` decodes one that is left at the end, as the host does.
+    """
+
+    def __init__(self, vae: Any):
+        require_wan_vae(vae)
+        self.vae = vae
+        # One cache slot for every causal convolution; a list longer than needed does no harm.
+        self._cache: list[Any] = [None] * sum(1 for _ in vae.first_stage_model.decoder.modules())
+        self._waiting: Tensor | None = None
+        self._started = False
+
+    def push(self, latent: Tensor) -> Tensor:
+        """Raw latents [1, 16, F, h, w] -> frames [n, 8h, 8w, 3] float32 in 0..1 on the CPU; n may be 0."""
+        latent = latent.to(device=self.vae.device, dtype=self.vae.vae_dtype)
+        frames = []
+        if not self._started:
+            self._started = True
+            frames.append(self._decode(latent[:, :, :1]))
+            latent = latent[:, :, 1:]
+        if self._waiting is not None:
+            latent = torch.cat([self._waiting, latent], dim=2)
+        if latent.shape[2] == 1:
+            self._waiting = latent
+        elif latent.shape[2]:
+            self._waiting = None
+            frames.append(self._decode(latent))
+        return torch.cat(frames) if frames else self._no_frames(latent)
+
+    def flush(self) -> Tensor:
+        """Frames of a latent frame still waiting (4 or none)."""
+        waiting, self._waiting = self._waiting, None
+        return torch.empty(0, 0, 0, 3) if waiting is None else self._decode(waiting)
+
+    def _no_frames(self, latent: Tensor) -> Tensor:
+        return torch.empty(0, 8 * latent.shape[3], 8 * latent.shape[4], 3)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        module = self.vae.first_stage_model
+        pieces = module.decoder(module.conv2(latent), feat_cache=self._cache, feat_idx=[0])
+        video = torch.cat([self.vae.process_output(piece.float().cpu()) for piece in pieces], dim=2)
+        return video[0].movedim(0, -1)

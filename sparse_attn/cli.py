@@ -1,0 +1,268 @@
+"""The command line: `generate` makes a video file, `info` says what this machine offers.
+
+Everything the user typed is checked before torch is even imported. A run that is stopped, or that runs out of memory,
+leaves a file that plays what was finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, get_args
+
+from .config import (
+    AttentionConfig,
+    Backend,
+    Mode,
+    Positions,
+    SamplerConfig,
+    check_size,
+    pixel_frames,
+)
+from .progress import Progress, size
+from .world.scene import FPS, SIZE_PX
+
+if TYPE_CHECKING:
+    from .pipeline import Request, VideoPipeline
+
+VERSION = "0.1.0"
+SHEET_FRAMES = 12
+LATENT_FPS = FPS // 4  # a latent frame stands for four video frames
+SUCCESS, FAILED, MISUSED, STOPPED = 0, 1, 2, 130  # exit codes
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISUSED, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
+    for output in (sys.stdout, sys.stderr):  # a prompt may hold what an old console cannot show
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="replace")
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.verbose else logging.WARNING)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        return say("Stopped before the first chunk was finished; nothing was written.", STOPPED)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="sparse-forcing", description="Autoregressive video with persistent sparse memory.")
+    top.add_argument("--version", action="version", version=VERSION)
+    commands = top.add_subparsers(required=True, metavar="command", parser_class=Parser)
+    info = commands.add_parser("info", help="versions, devices, backends, memory for each mode")
+    info.set_defaults(run=show_info)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    make = commands.add_parser("generate", help="make a video file", formatter_class=defaults)
+    make.set_defaults(run=generate)
+    add_video_options(make)
+    add_attention_options(make)
+    for command in (info, make):
+        command.add_argument("--verbose", action="store_true", help="log what is done")
+    return top
+
+
+def add_video_options(make: argparse.ArgumentParser) -> None:
+    add = make.add_argument
+    add("--prompt", required=True, help="what the video shows")
+    length = make.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=5.0, help="length, rounded up to whole chunks")
+    length.add_argument(
+        "--frames", type=int, help="exact length in video frames, 4 x (latent frames - 1) + 1"
+    )
+    add("--out", type=Path, default=Path("output/video.mp4"), help="the MP4 to write")
+    add("--sheet", type=Path, help="also write a contact sheet: a PNG of frames from the whole video")
+    add("--seed", type=int, default=0, help="same seed and settings, same video")
+    add("--width", type=int, default=SIZE_PX, help="pixels, a multiple of 16")
+    add("--height", type=int, default=SIZE_PX, help="pixels, a multiple of 16")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def add_attention_options(make: argparse.ArgumentParser) -> None:
+    base, add = AttentionConfig(), make.add_argument
+    add("--mode", choices=get_args(Mode), default=base.mode, help="what self-attention reads")
+    add("--window", type=int, default=base.window_frames, help="newest latent frames, the chunk included")
+    add("--sink", type=int, default=base.sink_frames, help="first latent frames, never dropped")
+    help_text = "latent frames' worth of blocks kept from before the window, sink included"
+    add("--persistent", type=int, default=base.persistent_frames, help=help_text)
+    add("--topk", type=float, default=base.topk, help="share of the window's blocks that is read")
+    add("--chunk", type=int, default=SamplerConfig().chunk_frames, help="latent frames made at a time")
+    add("--positions", choices=get_args(Positions), default=base.positions, help="rebased: any length")
+    add("--backend", choices=get_args(Backend), default=base.backend, help="attention kernels")
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Check, load, then write the video as it is made."""
+    try:
+        attention, sampler = configs(arguments)
+        latent_frames = length_of(arguments, sampler.chunk_frames)
+        check_outputs(arguments.out, arguments.sheet)
+    except ValueError as error:
+        return say(str(error), MISUSED)
+
+    from .pipeline import Request, VideoPipeline
+
+    request = Request(
+        arguments.prompt, latent_frames, arguments.width, arguments.height, arguments.seed, attention, sampler
+    )
+    try:
+        request.validate()
+        pipeline = VideoPipeline.load(arguments.device)
+        pipeline.check(request)
+    except ValueError as error:
+        return say(str(error), MISUSED)
+    except OSError as error:
+        return say(str(error), FAILED)
+    say(announcement(arguments, pipeline, request))
+    return write_video(pipeline, request, arguments.out, arguments.sheet)
+
+
+def announcement(arguments: argparse.Namespace, pipeline: VideoPipeline, request: Request) -> str:
+    """What is about to be made and what it needs; says so when --seconds was rounded up."""
+    frames, need, chunks = request.video_frames, pipeline.memory_need(request), request.chunks
+    rounded = arguments.frames is None and request.latent_frames != arguments.seconds * LATENT_FPS
+    start = f"{arguments.seconds:g} s is rounded up to " if rounded else ""
+    pieces = f"{chunks} chunk{'s' * (chunks > 1)} of {request.sampler.chunk_frames} latent frames"
+    return (
+        f"{start}{pieces}: {frames} video frames, {frames / FPS:.2f} s, {request.width}x{request.height}\n"
+        f"mode {request.attention.mode} on {pipeline.device}: {size(need.weights)} of weights, "
+        f"{size(need.cache)} of cache, and the activations of one chunk"
+    )
+
+
+def configs(arguments: argparse.Namespace) -> tuple[AttentionConfig, SamplerConfig]:
+    attention = AttentionConfig(
+        mode=arguments.mode,
+        window_frames=arguments.window,
+        sink_frames=arguments.sink,
+        persistent_frames=arguments.persistent,
+        topk=arguments.topk,
+        positions=arguments.positions,
+        backend=arguments.backend,
+    )
+    sampler = SamplerConfig(chunk_frames=arguments.chunk)
+    sampler.validate()
+    attention.validate(sampler.chunk_frames)
+    check_size(arguments.width, arguments.height)
+    return attention, sampler
+
+
+def length_of(arguments: argparse.Namespace, chunk_frames: int) -> int:
+    """Latent frames: exactly --frames, or as many whole chunks as --seconds needs."""
+    if arguments.frames is not None:
+        return exact_length(arguments.frames, chunk_frames)
+    if not (math.isfinite(arguments.seconds) and arguments.seconds > 0):
+        raise ValueError(f"--seconds {arguments.seconds} is no length: give more than 0")
+    chunks = math.ceil(arguments.seconds * LATENT_FPS / chunk_frames - 1e-9)
+    return max(1, chunks) * chunk_frames
+
+
+def exact_length(frames: int, chunk_frames: int) -> int:
+    """Latent frames of exactly `frames` video frames. Raises ValueError naming the nearest counts that work."""
+    chunks = (1 + (frames - 1) / 4) / chunk_frames
+    below = max(1, math.floor(chunks))
+    near = [pixel_frames(n * chunk_frames) for n in sorted({below, max(below, math.ceil(chunks))})]
+    if frames not in near:
+        what = f"is not a whole number of chunks of {chunk_frames} latent frames"
+        raise ValueError(f"--frames {frames} {what}: use {' or '.join(map(str, near))}")
+    return below * chunk_frames
+
+
+def check_outputs(out: Path, sheet: Path | None) -> None:
+    """Refuse names that cannot be written later. An existing video is replaced once the first chunk is ready."""
+    for option, path, suffix in (("--out", out, ".mp4"), ("--sheet", sheet, ".png")):
+        if path is None:
+            continue
+        if path.suffix.lower() != suffix:
+            raise ValueError(f"{option} {path} must end in {suffix}")
+        if path.is_dir():
+            raise ValueError(f"{option} {path} is a folder: name a file in it")
+        blocked = next(
+            (folder for folder in path.absolute().parents if folder.exists() and not folder.is_dir()), None
+        )
+        if blocked is not None:
+            raise ValueError(f"{option} {path} cannot be written: {blocked} is a file, not a folder")
+
+
+def write_video(pipeline: VideoPipeline, request: Request, out: Path, sheet: Path | None) -> int:
+    """Append chunks to the file as they come; whatever ends the run, the file is closed and plays."""
+    from .video import Mp4Writer, spread
+
+    progress = Progress(request.chunks, sys.stderr)
+    shown = set(spread(request.video_frames, SHEET_FRAMES)) if sheet else set()
+    kept: list = []
+    code, why = SUCCESS, ""
+    started = time.perf_counter()
+    with Mp4Writer(out, FPS) as writer:
+        try:
+            for chunk in pipeline.generate(request, on_pass=progress.on_pass):
+                kept += [frame for i, frame in enumerate(chunk.frames, writer.frames) if i in shown]
+                writer.append(chunk.frames)
+                progress.on_chunk(chunk)
+        except KeyboardInterrupt:
+            code, why = STOPPED, "Stopped"
+        except OSError as error:
+            code, why = FAILED, f"Writing failed ({error})"
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            code, why = (
+                FAILED,
+                "Out of memory: use a smaller size, --window or --persistent, or --mode window. Stopped",
+            )
+    progress.finish()
+    if not writer.frames:
+        return say(f"{why} before the first chunk was finished; nothing was written.", code)
+    if why:
+        say(f"{why} after {progress.done} of {request.chunks} chunks; what was finished is kept.")
+    if sheet:
+        write_sheet(kept, sheet)
+    took = time.perf_counter() - started
+    print(f"{out}: {writer.frames} frames, {writer.frames / FPS:.1f} s, made in {took:.1f} s")
+    return code
+
+
+def write_sheet(frames: list, path: Path) -> None:
+    import numpy as np
+
+    from .video import contact_sheet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(np.stack(frames), count=SHEET_FRAMES).save(path)
+    print(f"{path}: contact sheet")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for torch's out-of-memory errors, of the GPU and of the CPU's allocator."""
+    words = str(error).lower()
+    signs = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(sign in words for sign in signs)
+
+
+# --- info -------------------------------------------------------------------------------------------------------------
+
+
+def show_info(arguments: argparse.Namespace) -> int:
+    """Versions, devices, backends with reasons, the world model, and the cache of each mode."""
+    from .report import lines
+
+    for line in lines(VERSION):
+        print(line)
+    return SUCCESS
+
+
+def say(message: str, code: int = SUCCESS) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return code

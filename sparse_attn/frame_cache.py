@@ -1,0 +1,127 @@
+"""Memory of the dense and the window mode: one slot for each latent frame, read in full.
+
+`dense` keeps every frame up to a fixed number. `window` follows Self-Forcing's cache exactly: when a chunk does not
+fit, the oldest frames behind the sink leave; the chunk itself counts. Attention does not care in which order keys lie,
+so frames stay where they are written and freed slots are used again: nothing is moved, and in the steady state the keys
+of a layer are one contiguous view of the pool. Which frame lies where is the same for every layer and head, known to
+the host, and decided before the first layer runs.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from .positions import shift_time
+
+
+class FrameCache:
+    """Keys and values of `capacity` latent frames for every layer: k, v [L, B, capacity, tokens a frame, H, D].
+
+    `sink` frames at the front are never dropped; a `bounded` cache drops the oldest others, an unbounded one raises
+    when it is full. With `rebased`, a frame's time is its place in the cache instead of its index in the video.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        frame_tokens: int,
+        capacity: int,
+        sink: int = 0,
+        bounded: bool = False,
+        rebased: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (layers, batch, capacity, frame_tokens, heads, head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.capacity, self.sink, self.bounded, self.rebased = capacity, sink, bounded, rebased
+        self.reset()
+
+    def reset(self) -> None:
+        self.frames: list[int] = []  # indices of the latent frames kept, oldest first
+        self.slots: list[int] = []  # where each of them lies
+        self.current: list[int] = []  # slots of the open chunk
+        self._gather: Tensor | None = None
+
+    def begin_chunk(self, frame: int, frames: int) -> int:
+        """Make room for the chunk that starts at latent frame `frame`; returns its temporal index."""
+        excess = len(self.slots) + frames - self.capacity
+        if excess > 0:
+            self._drop(excess, frame, frames)
+        free = sorted(set(range(self.capacity)) - set(self.slots))
+        self.current = free[:frames]
+        resident = sorted(self.slots + self.current)
+        contiguous = resident == list(range(len(resident)))
+        self._gather = None if contiguous else torch.tensor(resident, device=self.k.device)
+        return len(self.slots) if self.rebased else frame
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the open chunk's rotated keys and its values [B, N, H, D]."""
+        for pool, x in ((self.k, k), (self.v, v)):
+            x = x.unflatten(1, (len(self.current), -1))
+            for first, slot, count in _runs(self.current):
+                pool[layer, :, slot : slot + count] = x[:, first : first + count]
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, M, H, D] of everything kept and the open chunk, in no particular order of frames."""
+        pools = self.k[layer], self.v[layer]
+        if self._gather is None:
+            count = len(self.slots) + len(self.current)
+            k, v = (pool[:, :count] for pool in pools)
+        else:
+            k, v = (pool.index_select(1, self._gather) for pool in pools)
+        return k.flatten(1, 2), v.flatten(1, 2)
+
+    def end_chunk(self, frame: int) -> None:
+        """Keep the open chunk, which starts at latent frame `frame`."""
+        self.frames += range(frame, frame + len(self.current))
+        self.slots += self.current
+        self.current = []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The pool, by name: all that lives on the device between chunks."""
+        return {"k": self.k, "v": self.v}
+
+    def counters(self) -> dict[str, list[int]]:
+        """All that lives on the host between chunks."""
+        return {"frames": self.frames, "slots": self.slots}
+
+    def load_counters(self, counters: dict[str, list[int]]) -> None:
+        """The inverse of `counters`."""
+        self.reset()
+        self.frames, self.slots = list(counters["frames"]), list(counters["slots"])
+
+    def _drop(self, excess: int, frame: int, frames: int) -> None:
+        droppable = len(self.slots) - self.sink if self.bounded else 0
+        if excess > droppable:
+            raise ValueError(
+                f"a chunk of {frames} frames at frame {frame} does not fit: the memory holds {len(self.slots)} of at "
+                f"most {self.capacity} frames. Start with a larger total_frames, or use mode 'window' or 'sparse'."
+            )
+        gone = slice(self.sink, self.sink + excess)
+        del self.slots[gone], self.frames[gone]
+        if self.rebased:
+            self._turn_back(excess)
+
+    def _turn_back(self, frames: int) -> None:
+        """The frames behind the sink moved forward by `frames` places: turn their keys back by as many."""
+        for _, slot, count in _runs(self.slots[self.sink :]):
+            for layer_k in self.k:  # a layer at a time, so that the float32 copy in between stays small
+                keys = layer_k[:, slot : slot + count]
+                keys.copy_(shift_time(keys, -frames, keys.shape[-1]))
+
+
+def _runs(slots: list[int]) -> list[tuple[int, int, int]]:
+    """Consecutive slots together: (position in the list, first slot, how many)."""
+    runs = []
+    for _, group in groupby(enumerate(slots), key=lambda item: item[1] - item[0]):
+        run = list(group)
+        runs.append((run[0][0], run[0][1], len(run)))
+    return runs

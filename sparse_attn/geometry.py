@@ -1,0 +1,101 @@
+"""How the tokens of a chunk are cut into blocks.
+
+A block is a compact tile in space and time, so that one pooled vector can stand for it. Grids rarely divide by the
+block size (30x52 tokens by 64): each axis is split as evenly as possible, tiles differ by at most one along it, and the
+unused rows of a block are padding that no kernel reads.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+class BlockGeometry:
+    """Tiles of one chunk of `frames` x `height` x `width` tokens, each of at most `block_tokens` (T).
+
+    tile (t, h, w): the largest tile; num_blocks NB; num_tokens N; lens [NB] int32: the tokens in each block;
+    first_frame [NB] int32: the chunk's frame in which the block begins. Blocks run over time, then height, then width.
+    `device` is where these tensors are, and where `pack` and `unpack` work.
+    """
+
+    def __init__(
+        self, frames: int, height: int, width: int, block_tokens: int, device: torch.device | str = "cpu"
+    ):
+        if min(frames, height, width, block_tokens) < 1:
+            raise ValueError(
+                f"a chunk of {frames} x {height} x {width} tokens in blocks of {block_tokens}: all must be 1 or more."
+            )
+        self.grid, self.block_tokens = (frames, height, width), block_tokens
+        counts = choose_counts(self.grid, block_tokens)
+        self.tile = tuple(-(-size // count) for size, count in zip(self.grid, counts))
+        self.num_tokens = frames * height * width
+        self.num_blocks = counts[0] * counts[1] * counts[2]
+        block_of_token = _block_of_token(self.grid, counts)
+        lens = torch.bincount(block_of_token, minlength=self.num_blocks)
+        first_frame = _axis_starts(frames, counts[0]).repeat_interleave(counts[1] * counts[2])
+        self.lens, self.first_frame = (x.to(device, torch.int32) for x in (lens, first_frame))
+        self._rows = _padded_rows(block_of_token, lens, block_tokens).to(device)
+
+    def pack(self, x_BNHD: Tensor) -> Tensor:
+        """Tokens [B, N, H, D] in frame, height, width order -> blocks [B*H, NB, T, D]; padding rows are zero."""
+        batch, tokens, heads, dim = x_BNHD.shape
+        assert tokens == self.num_tokens, f"{tokens} tokens, geometry of {self.num_tokens}"
+        blocks = x_BNHD.new_zeros(batch, heads, self.num_blocks * self.block_tokens, dim)
+        blocks.index_copy_(2, self._rows, x_BNHD.transpose(1, 2))
+        return blocks.view(batch * heads, self.num_blocks, self.block_tokens, dim)
+
+    def unpack(self, x_GNTD: Tensor, batch: int) -> Tensor:
+        """Blocks [B*H, NB, T, D] -> tokens [B, N, H, D]; the inverse of `pack`."""
+        groups, blocks, rows, dim = x_GNTD.shape
+        assert (blocks, rows) == (self.num_blocks, self.block_tokens) and groups % batch == 0
+        flat = x_GNTD.reshape(batch, groups // batch, blocks * rows, dim)
+        return flat.index_select(2, self._rows).transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+def choose_counts(grid: tuple[int, int, int], block_tokens: int) -> tuple[int, int, int]:
+    """Into how many parts to split frames, height and width: fewest blocks first, then the most compact tile.
+
+    Compact means the smallest surface of the largest tile. 3 x 30 x 52 tokens in blocks of 64 -> (1, 6, 13): 78 tiles
+    of 3 x 5 x 4.
+    """
+    best: tuple[int, int, tuple[int, int, int]] | None = None
+    frames, height, width = grid
+    for nt in range(1, frames + 1):
+        t = -(-frames // nt)
+        for nh in range(1, height + 1):
+            h = -(-height // nh)
+            if t * h > block_tokens:
+                continue
+            nw = -(-width // (block_tokens // (t * h)))  # fewest columns that fit
+            w = -(-width // nw)
+            found = (nt * nh * nw, t * h + h * w + w * t, (nt, nh, nw))
+            best = found if best is None else min(best, found)
+    assert best is not None
+    return best[2]
+
+
+def _axis_starts(size: int, count: int) -> Tensor:
+    """[count] int64: where each of `count` parts of 0..size-1 begins; parts differ by at most one."""
+    return torch.arange(count) * size // count
+
+
+def _block_of_token(grid: tuple[int, int, int], counts: tuple[int, int, int]) -> Tensor:
+    """[N] int64: the block that each token belongs to, tokens in frame, height, width order."""
+    t, h, w = (
+        torch.bucketize(torch.arange(size), _axis_starts(size, count), right=True) - 1
+        for size, count in zip(grid, counts)
+    )
+    return ((t[:, None, None] * counts[1] + h[:, None]) * counts[2] + w).flatten()
+
+
+def _padded_rows(block_of_token: Tensor, lens: Tensor, block_tokens: int) -> Tensor:
+    """[N] int64: block * T + position in the block; tokens of a block keep their order."""
+    order = block_of_token.argsort(stable=True)
+    first_in_block = (lens.cumsum(0) - lens).repeat_interleave(lens)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order)) - first_in_block
+    return block_of_token * block_tokens + position

@@ -1,0 +1,179 @@
+"""Memory of the sparse mode: pages in a fixed pool, and the tables that say what each page is.
+
+Every layer and every group (one head of one batch item) owns S page slots and a permutation of them, its table:
+
+    | persistent memory P: `capacity` slots, the first `persistent` filled | window: chunks, oldest first | free |
+
+A chunk writes its blocks into free slots. When it is finished and the window is full, the oldest chunk E leaves:
+P = TopC(P u E; importance), and the slots of what was dropped become free. TopC always fills up, so all counts are
+known on the host; which blocks win is known to the device alone, where the table is rewritten. No page is copied, the
+host never waits, and nothing but tables is allocated. Entries of P and of the window keep the order of time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import pool_pages
+from .config import AttentionConfig
+from .geometry import BlockGeometry
+from .positions import shift_time
+
+
+class WindowChunk(NamedTuple):
+    """A finished chunk in the window: its latent frames and its blocks."""
+
+    frames: int
+    blocks: int
+
+
+class PagedKV:
+    """Pages and tables of all layers, for mode "sparse".
+
+    k_pages, v_pages [L, G, S, T, D]; page_len [L, G, S] int32, valid tokens at the front of a page; page_frame
+    [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); pooled [L, G, S, D]
+    float32, mean of the page's keys; table [L, G, S] int64, the permutation of slots described above.
+    S = (persistent_frames + window_frames) / chunk_frames * blocks a chunk.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        groups: int,
+        head_dim: int,
+        grid: tuple[int, int],
+        chunk_frames: int,
+        attention: AttentionConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.grid, self.chunk_frames, self.attention = grid, chunk_frames, attention
+        self._geometries: dict[int, BlockGeometry] = {}
+        self._device = torch.device(device)
+        blocks = self.geometry(chunk_frames).num_blocks
+        self.window_chunks = attention.window_frames // chunk_frames
+        self.capacity = attention.persistent_frames // chunk_frames * blocks
+        table_shape = (layers, groups, self.capacity + self.window_chunks * blocks)
+        page_shape = (*table_shape, attention.block_tokens, head_dim)
+        self.k_pages, self.v_pages = (torch.zeros(page_shape, dtype=dtype, device=device) for _ in range(2))
+        self.pooled = torch.zeros(*table_shape, head_dim, device=device)
+        self.page_len, self.page_frame = (
+            torch.zeros(table_shape, dtype=torch.int32, device=device) for _ in range(2)
+        )
+        self.table = torch.zeros(table_shape, dtype=torch.int64, device=device)
+        # of the open chunk's pages, each layer's latest: what the clean pass found decides
+        self.importance: list[Tensor | None] = [None] * layers
+        self._groups = torch.arange(groups, device=device)[:, None]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the pool stays."""
+        self.persistent = 0  # filled entries of P
+        self.pinned = 0  # finished blocks of the sink; they enter P first and stay its first entries
+        self.window: list[WindowChunk] = []
+        self.time = 0  # temporal index at which the next chunk starts
+        self.page_frame.fill_(-1)
+        self.table.copy_(torch.arange(self.table.shape[-1], device=self._device).expand_as(self.table))
+
+    def geometry(self, frames: int) -> BlockGeometry:
+        """The blocks of a chunk of `frames`, which may be shorter than a whole one."""
+        if frames not in self._geometries:
+            tokens = self.attention.block_tokens
+            self._geometries[frames] = BlockGeometry(frames, *self.grid, tokens, self._device)
+        return self._geometries[frames]
+
+    def begin_chunk(self, frame: int, frames: int) -> int:
+        """Take free slots for the chunk that starts at latent frame `frame`; returns its temporal index.
+
+        Makes the tables that `write` and the router use: current [L, G, NB] int64, persistent_slots [L, G, NP] and
+        window_slots [L, G, NW] int32, the latter with the current chunk at its end.
+        """
+        self.chunk = self.geometry(frames)
+        start = self.capacity + sum(chunk.blocks for chunk in self.window)
+        stop = start + self.chunk.num_blocks
+        assert stop <= self.table.shape[-1], "the window keeps room for a whole chunk"
+        self.current = self.table[..., start:stop].contiguous()
+        self.persistent_slots = self.table[..., : self.persistent].to(torch.int32)
+        self.window_slots = self.table[..., self.capacity : stop].to(torch.int32)
+        shape = self.current.shape
+        self.chunk_lens = self.chunk.lens.expand(shape[1:]).contiguous()  # [G, NB]
+        self.page_len.scatter_(2, self.current, self.chunk_lens.expand(shape))
+        self.page_frame.scatter_(2, self.current, (self.chunk.first_frame + frame).expand(shape))
+        return self.time if self.attention.positions == "rebased" else frame
+
+    def write(self, layer: int, k_blocks: Tensor, v_blocks: Tensor) -> None:
+        """Store the open chunk's blocks [G, NB, T, D] and pool their keys."""
+        at = (self._groups, self.current[layer])
+        self.k_pages[layer][at] = k_blocks.to(self.k_pages.dtype)
+        self.v_pages[layer][at] = v_blocks.to(self.v_pages.dtype)
+        self.pooled[layer][at] = pool_pages(k_blocks, self.chunk_lens).float()
+
+    def end_chunk(self, frame: int) -> None:
+        """Keep the open chunk, which starts at latent frame `frame`; if the window is now full, update P.
+
+        Reads `importance`: for each layer [G, NP + NW] float32, in the order persistent, window.
+        """
+        frames, blocks = self.chunk.grid[0], self.chunk.num_blocks
+        self.window.append(WindowChunk(frames, blocks))
+        self.time += frames
+        if frame + frames <= self.attention.sink_frames:
+            self.pinned += blocks
+        if len(self.window) == self.window_chunks:
+            self._evict_oldest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The pool and its tables, by name: all that lives on the device between chunks."""
+        names = ("k_pages", "v_pages", "pooled", "page_len", "page_frame", "table")
+        return {name: getattr(self, name) for name in names}
+
+    def counters(self) -> dict[str, list[int]]:
+        """All that lives on the host between chunks."""
+        return {
+            "persistent": [self.persistent],
+            "pinned": [self.pinned],
+            "time": [self.time],
+            "window": [chunk.frames for chunk in self.window],
+        }
+
+    def load_counters(self, counters: dict[str, list[int]]) -> None:
+        """The inverse of `counters`."""
+        (self.persistent,), (self.pinned,), (self.time,) = (
+            counters[name] for name in ("persistent", "pinned", "time")
+        )
+        self.window = [WindowChunk(frames, self.geometry(frames).num_blocks) for frames in counters["window"]]
+
+    def kept_frames(self) -> Tensor:
+        """[L, G, NP] int32: the latent frame from which each block of P stems, the memory map of a stream."""
+        return self.page_frame.gather(2, self.table[..., : self.persistent])
+
+    def _evict_oldest(self) -> None:
+        if self.attention.positions == "rebased":
+            self._turn_back(self.window[0].frames)
+        evicted = self.window.pop(0).blocks
+        candidates = self.persistent + evicted
+        kept = min(self.capacity, candidates)
+        score = torch.stack([layer[:, :candidates] for layer in self.importance if layer is not None])
+        score[..., : self.pinned] = torch.inf
+        ranking = score.sort(dim=-1, descending=True, stable=True).indices
+        P, window = self.table.tensor_split([self.capacity], dim=-1)
+        slots = torch.cat([P[..., : self.persistent], window[..., :evicted]], dim=-1)
+        in_time_order = (part.sort(dim=-1).values for part in ranking.tensor_split([kept], dim=-1))
+        winners, losers = (slots.gather(-1, places) for places in in_time_order)
+        free = torch.cat([P[..., self.persistent :], losers], dim=-1)
+        unfilled = self.capacity - kept
+        parts = [winners, free[..., :unfilled], window[..., evicted:], free[..., unfilled:]]
+        self.table.copy_(torch.cat(parts, dim=-1))
+        self.persistent = kept
+
+    def _turn_back(self, frames: int) -> None:
+        """Turn the keys of the whole window, E included, back by `frames`: E then lies just before the window."""
+        self.time -= frames
+        stop = self.capacity + sum(chunk.blocks for chunk in self.window)
+        for layer, slots in enumerate(self.table[..., self.capacity : stop]):
+            at = (self._groups, slots)
+            for keys in (self.k_pages[layer], self.pooled[layer]):  # a layer at a time: the copies stay small
+                keys[at] = shift_time(keys[at], -frames, keys.shape[-1])

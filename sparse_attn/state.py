@@ -1,0 +1,264 @@
+"""One stream's whole memory: explicit, small, resumable.
+
+A stream is generated chunk by chunk. `begin_chunk` makes room, every pass of the model calls `attend` once a layer, and
+`end_chunk`, after the clean pass, keeps what that pass wrote. A chunk that is begun and never ended leaves nothing
+behind: the next `begin_chunk` takes its place. So finished chunks survive an interruption at any moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import pbsa_attention, pool_pages
+from .config import AttentionConfig, Mode, Positions
+from .frame_cache import FrameCache
+from .memory import PagedKV
+from .router import choose_blocks
+
+DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention of q [B, N, H, D] over k and v [B, M, H, D] -> [B, N, H, D], by PyTorch."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class StreamState:
+    """The memory of one stream in all layers, as `attention` says.
+
+    grid: tokens (height, width) of a latent frame. total_frames (latent): needed by mode "dense", which allocates for
+    it. dense_attention: called as (q, k, v) -> out with q [B, N, H, D] and k, v [B, M, H, D] in modes "dense" and
+    "window"; default: PyTorch's. On device "meta" nothing is allocated, and `nbytes` still tells what would be.
+    Raises ValueError for settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        grid: tuple[int, int],
+        chunk_frames: int,
+        attention: AttentionConfig,
+        batch: int = 1,
+        total_frames: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        dense_attention: DenseAttention | None = None,
+    ):
+        attention.validate(chunk_frames)
+        self.layers, self.heads, self.head_dim, self.grid, self.batch = layers, heads, head_dim, grid, batch
+        self.chunk_frames, self.attention, self.dtype = chunk_frames, attention, dtype
+        self.dense_attention = dense_attention or sdpa
+        # normal tensors even where a host is in inference mode, so that any thread may restore a session into them
+        with torch.inference_mode(False):
+            self.cache = (
+                self._paged(device) if attention.mode == "sparse" else self._frames(total_frames, device)
+            )
+        self.reset()
+
+    def _paged(self, device: torch.device | str) -> FrameCache | PagedKV:
+        return PagedKV(
+            layers=self.layers,
+            groups=self.batch * self.heads,
+            head_dim=self.head_dim,
+            grid=self.grid,
+            chunk_frames=self.chunk_frames,
+            attention=self.attention,
+            dtype=self.dtype,
+            device=device,
+        )
+
+    def _frames(self, total_frames: int | None, device: torch.device | str) -> FrameCache | PagedKV:
+        bounded = self.attention.mode == "window"
+        capacity = self.attention.window_frames if bounded else total_frames
+        if capacity is None:
+            raise ValueError(
+                "mode 'dense' keeps every frame: give total_frames, or use mode 'window' or 'sparse'."
+            )
+        return FrameCache(
+            layers=self.layers,
+            batch=self.batch,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            frame_tokens=self.grid[0] * self.grid[1],
+            capacity=capacity,
+            sink=self.attention.sink_frames if bounded else 0,
+            bounded=bounded,
+            rebased=self.attention.positions == "rebased",
+            dtype=self.dtype,
+            device=device,
+        )
+
+    def reset(self) -> None:
+        """Forget the stream; the next chunk is its first. Nothing is allocated or freed."""
+        self.cache.reset()
+        self.frame = 0
+        self.t_start = 0
+        self._close()
+
+    def begin_chunk(self, frames: int) -> None:
+        """Open the next chunk, of 1 to chunk_frames latent frames, in place of one that was not ended.
+
+        Sets `t_start`, the temporal RoPE index of its first frame. Raises ValueError when mode "dense" is full.
+        """
+        if not 1 <= frames <= self.chunk_frames:
+            raise ValueError(
+                f"a chunk of {frames} frames: use 1 to {self.chunk_frames}, this stream's chunk_frames."
+            )
+        self._close()
+        self.t_start = self.cache.begin_chunk(self.frame, frames)
+        self._open_frames = frames
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of the open chunk in one layer; also stores the chunk's keys and values.
+
+        Rotated q and k, and v, all [B, N, H, D] -> [B, N, H, D] in q's dtype. The memory is a constant to autograd.
+        """
+        expected = (self.batch, self._open_frames * self.grid[0] * self.grid[1], self.heads, self.head_dim)
+        if not self._open_frames or tuple(q.shape) != expected:
+            raise ValueError(f"attend got q of shape {list(q.shape)}, the open chunk needs {list(expected)}.")
+        q_stored, k, v = q.to(self.dtype), k.detach(), v.detach()
+        if isinstance(self.cache, PagedKV):
+            out = self._attend_sparse(self.cache, layer, q_stored, k, v)
+        else:
+            out = self._attend_dense(self.cache, layer, q_stored, k, v)
+        self._attended.add(layer)
+        return out.to(q.dtype)
+
+    def end_chunk(self) -> None:
+        """Keep the open chunk as the latest pass wrote it: call after the clean pass. Updates every layer's memory."""
+        if len(self._attended) != self.layers:
+            raise ValueError(
+                f"end_chunk after {len(self._attended)} of {self.layers} layers attended: run the clean pass through "
+                "the whole model first, between begin_chunk and end_chunk."
+            )
+        self.cache.end_chunk(self.frame)
+        self.frame += self._open_frames
+        self._close()
+
+    def _close(self) -> None:
+        self._open_frames = 0
+        self._attended: set[int] = set()
+
+    def _attend_dense(self, cache: FrameCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.write(layer, k, v)
+        return self.dense_attention(q, *cache.read(layer))
+
+    def _attend_sparse(self, cache: PagedKV, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.write(layer, cache.chunk.pack(k), cache.chunk.pack(v))
+        q_blocks = cache.chunk.pack(q)
+        lists, cache.importance[layer] = choose_blocks(
+            pool_pages(q_blocks.detach(), cache.chunk_lens).float(),
+            cache.pooled[layer],
+            cache.persistent_slots[layer],
+            cache.window_slots[layer],
+            self.attention.topk,
+            self.attention.backend,
+        )
+        pages = cache.k_pages[layer], cache.v_pages[layer], cache.page_len[layer]
+        out, _ = pbsa_attention(q_blocks, *pages, lists, backend=self.attention.backend)
+        return cache.chunk.unpack(out, self.batch)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory, the same from the first chunk to the last."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.cache.tensors().values())
+
+    def describe(self) -> dict[str, int | str]:
+        """What is remembered now, in numbers for people: no tensor is read, so nothing waits for the device."""
+        facts: dict[str, int | str] = {"mode": self.attention.mode, "frame": self.frame, "bytes": self.nbytes}
+        if isinstance(self.cache, FrameCache):
+            return facts | {"frames_kept": len(self.cache.frames), "frames_at_most": self.cache.capacity}
+        return facts | {
+            "window_frames_kept": sum(chunk.frames for chunk in self.cache.window),
+            "persistent_blocks": self.cache.persistent,
+            "persistent_blocks_at_most": self.cache.capacity,
+            "sink_blocks": min(self.cache.pinned, self.cache.persistent),
+        }
+
+    def kept_frames(self) -> Tensor:
+        """From which latent frames of the video the memory's long-lived part stems.
+
+        Mode "sparse": [layers, batch, heads, blocks] int32, the frame in which each persistent block begins, in the
+        order of time; every head keeps its own. Other modes: [frames] int32, the same for every head.
+        """
+        if isinstance(self.cache, FrameCache):
+            return torch.tensor(self.cache.frames, dtype=torch.int32)
+        return self.cache.kept_frames().unflatten(1, (self.batch, self.heads))
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Everything that finished chunks left, as CPU tensors by name, fit for safetensors; not an open chunk."""
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.cache.tensors().items()}
+        counters = self.cache.counters() | {"frame": [self.frame]}
+        facts = {f"config.{name}": [value] for name, value in self._identity().items()}
+        return copies | {
+            name: torch.tensor(values, dtype=torch.int64) for name, values in (counters | facts).items()
+        }
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Continue where `snapshot` was taken, bit for bit. Raises ValueError, and changes nothing, if it does not fit.
+
+        `topk`, `backend` and `dense_attention` may differ from those of the stream that was saved.
+        """
+        self._check_fit(snapshot)
+        for name, tensor in self.cache.tensors().items():
+            tensor.copy_(snapshot[name])
+        self.cache.load_counters({name: snapshot[name].tolist() for name in self.cache.counters()})
+        self.frame = int(snapshot["frame"])
+        self._close()
+
+    def _identity(self) -> dict[str, int]:
+        """What two streams must share for one to continue the other; names of choices by their place in the list."""
+        attention = self.attention
+        frames = {"dense": (), "window": ("window_frames", "sink_frames")}.get(
+            attention.mode, ("window_frames", "sink_frames", "persistent_frames", "block_tokens")
+        )
+        return {
+            "mode": get_args(Mode).index(attention.mode),
+            "positions": get_args(Positions).index(attention.positions),
+            "layers": self.layers,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "grid_height": self.grid[0],
+            "grid_width": self.grid[1],
+            "batch": self.batch,
+            "chunk_frames": self.chunk_frames,
+            **{name: getattr(attention, name) for name in frames},
+        }
+
+    def _check_fit(self, snapshot: dict[str, Tensor]) -> None:
+        """Raise ValueError unless `snapshot` is complete and of a stream like this one."""
+        identity, tensors = self._identity(), self.cache.tensors()
+        wanted = {*tensors, *self.cache.counters(), "frame", *(f"config.{name}" for name in identity)}
+        for name, value in identity.items():
+            saved = snapshot.get(f"config.{name}")
+            if saved is not None and int(saved) != value:
+                have, want = (_spell(name, number) for number in (int(saved), value))
+                raise ValueError(
+                    f"the snapshot has {name} {have}, this stream {want}: restore it into a stream of equal settings."
+                )
+        if missing := sorted(wanted - snapshot.keys()):
+            raise ValueError(
+                f"the snapshot lacks {', '.join(missing)}: it is incomplete, or not of a stream."
+            )
+        for name, tensor in tensors.items():
+            saved = snapshot[name]
+            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                raise ValueError(
+                    f"the snapshot's {name} is {saved.dtype} {list(saved.shape)}, this stream's {tensor.dtype} "
+                    f"{list(tensor.shape)}: restore it into a stream of equal settings and dtype."
+                )
+
+
+def _spell(name: str, value: int) -> str:
+    """A value of `StreamState._identity` as its user wrote it."""
+    choices = {"mode": get_args(Mode), "positions": get_args(Positions)}
+    return choices[name][value] if name in choices else str(value)

@@ -1,0 +1,1 @@
+"""Training. Not part of the published archive: nothing at run time imports it."""

@@ -1,0 +1,70 @@
+"""What both world-model trainings share: the clock, the learning-rate shape, checkpoints, and random scenes."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..world.render import render
+from ..world.scene import Scene, sample_scene
+
+log = logging.getLogger("sparse_forcing.training")
+
+
+class Budget:
+    """A run measured in minutes: progress goes from 0 to 1 with the clock, so a run ends when it said it would."""
+
+    def __init__(self, minutes: float, done: float = 0.0):
+        self.seconds = minutes * 60
+        self.start = time.monotonic() - done * self.seconds
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, (time.monotonic() - self.start) / self.seconds)
+
+
+def lr_factor(step: int, progress: float, warmup: int = 150, decay_from: float = 0.6) -> float:
+    """Warm up over steps, hold, then fall linearly to zero over the last part of the budget."""
+    return min(1.0, (step + 1) / warmup) * min(1.0, max(0.0, (1 - progress) / (1 - decay_from)))
+
+
+def set_lr(optimizers, factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
+
+
+def mixed_precision(device):
+    """bfloat16 arithmetic on a GPU; a CPU stays in float32, where its bfloat16 convolutions would crawl."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+
+def training_scenes(rng: random.Random, count: int) -> list[Scene]:
+    """Scenes whose prompts are not held out."""
+    return [sample_scene(rng, held_out=False) for _ in range(count)]
+
+
+def render_batch(scenes: list[Scene], frames: int, device, starts: list[int] | None = None) -> Tensor:
+    """[B, 3, frames, 256, 256] float32 in [-1, 1]."""
+    starts = starts or [0] * len(scenes)
+    return torch.stack([render(s, frames, start, device=device) for s, start in zip(scenes, starts, strict=True)])
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write 16-bit weights (half keeps three more bits than bfloat16, and all values here are small)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in weights.items()}
+    save_file(half, path, metadata=metadata)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal to noise ratio in dB of videos in [-1, 1]."""
+    error = (a.clamp(-1, 1) - b.clamp(-1, 1)).float().square().mean().item() / 4
+    return -10 * torch.tensor(error).clamp(min=1e-12).log10().item()

@@ -1,0 +1,286 @@
+"""Train the world's causal diffusion transformer and its text encoder to generate in four steps.
+
+Teacher forcing: a clip of chunks stands in the sequence twice, clean (timestep 0) and noised; a noised chunk sees the clean chunks before it
+and itself, a clean chunk sees the clean ones up to itself, exactly what the cache holds at generation. The levels of noise are the four of
+the sampler, plus some in between.
+
+Then the model learns to live with its own output ("self" phase): the clean context and the inputs of later steps are replaced by the model's
+own estimates, made in parallel for all chunks. Because the world is deterministic once its first frames are seen, the renderer's next
+frames stay the right target, and no adversary or critic is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..vae import WanVAE
+from ..wan import Block, WanModel
+from ..world.scene import to_prompt
+from ..world.text import PAD, ROWS, WorldTextEncoder, tokenize
+from .common import Budget, log, lr_factor, mixed_precision, render_batch, save_weights, set_lr, training_scenes
+
+SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)
+CHUNK = 3
+FRAMES = 81  # video frames of a training clip: 21 latent frames, 7 chunks
+CAUSAL_AR = {"config": '{"transformer": {"causal_ar": true}}'}
+
+
+@dataclass(frozen=True)
+class DitTraining:
+    """minutes: length of the run. self_from: progress at which the model starts to see its own output and full clips."""
+
+    minutes: float = 9.0
+    seed: int = 0
+    dim: int = 256
+    ffn_dim: int = 768
+    heads: int = 2
+    layers: int = 7
+    batch: int = 16
+    chunks: int = 4
+    long_batch: int = 8
+    self_from: float = 0.62
+    bank_start: int = 768
+    bank_size: int = 6144
+    encode_every: int = 4
+    muon_lr: float = 4e-3
+    adam_lr: float = 1.5e-3
+    drop_prompt: float = 0.04
+    context_noise: float = 0.12
+    ema: float = 0.998
+    compile: bool = True
+    log_every: int = 100
+
+
+class LatentBank:
+    """Clips of the world as latents on the device: filled by rendering and encoding, then renewed clip by clip."""
+
+    def __init__(self, vae: WanVAE, size: int, device: str, seed: int, compiled: bool):
+        self.vae, self.size, self.device, self.rng = vae, size, device, random.Random(seed)
+        self.encode = torch.compile(vae.encode_whole) if compiled else vae.encode_whole
+        self.latents: list[Tensor] = []
+        self.ids: list[Tensor] = []
+        self.next = 0
+
+    @torch.no_grad()
+    def add(self, count: int) -> None:
+        scenes = training_scenes(self.rng, count)
+        with mixed_precision(self.device):
+            latents = self.encode(render_batch(scenes, FRAMES, self.device))
+        for scene, latent in zip(scenes, latents.to(torch.bfloat16), strict=True):
+            ids = torch.tensor(tokenize(to_prompt(scene)), device=self.device)
+            if len(self.latents) < self.size:
+                self.latents.append(latent)
+                self.ids.append(ids)
+            else:
+                self.latents[self.next], self.ids[self.next] = latent, ids
+                self.next = (self.next + 1) % self.size
+
+    def draw(self, count: int, chunks: int, drop_prompt: float) -> tuple[Tensor, Tensor, int]:
+        """Latents [B, 16, 3 * chunks, h, w] float32, word ids [B, n], and the first frame's index."""
+        pick = [self.rng.randrange(len(self.latents)) for _ in range(count)]
+        first = 0 if self.rng.random() < 0.5 else CHUNK * self.rng.randint(0, FRAMES // 4 // CHUNK + 1 - chunks)
+        latents = torch.stack([self.latents[i][:, first : first + CHUNK * chunks] for i in pick]).float()
+        ids = [self.ids[i] if self.rng.random() > drop_prompt else self.ids[i][:0] for i in pick]
+        padded = torch.full((count, 64), PAD, device=self.device)
+        for row, words in zip(padded, ids, strict=True):
+            row[: len(words)] = words
+        return latents, padded, first
+
+
+@functools.cache
+def teacher_forcing_attention(chunks: int):
+    """`attend` for [clean chunks | noised chunks]; q, k, v are [B, N, H, D]."""
+
+    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (qc, qn), (kc, kn), (vc, vn) = (
+            [half.unflatten(2, (chunks, -1)) for half in t.transpose(1, 2).chunk(2, dim=2)] for t in (q, k, v)
+        )
+        clean, noised = [], []
+        for i in range(chunks):
+            past_k, past_v = kc[:, :, :i].flatten(2, 3), vc[:, :, :i].flatten(2, 3)
+            k_clean, v_clean = torch.cat([past_k, kc[:, :, i]], 2), torch.cat([past_v, vc[:, :, i]], 2)
+            k_noised, v_noised = torch.cat([past_k, kn[:, :, i]], 2), torch.cat([past_v, vn[:, :, i]], 2)
+            clean.append(F.scaled_dot_product_attention(qc[:, :, i], k_clean, v_clean))
+            noised.append(F.scaled_dot_product_attention(qn[:, :, i], k_noised, v_noised))
+        return torch.cat([*clean, *noised], dim=2).transpose(1, 2)
+
+    return attend
+
+
+class Trainee(nn.Module):
+    """Backbone and text encoder, and the parallel forward over a whole clip."""
+
+    def __init__(self, cfg: DitTraining):
+        super().__init__()
+        self.dit = WanModel(dim=cfg.dim, ffn_dim=cfg.ffn_dim, num_heads=cfg.heads, num_layers=cfg.layers)
+        self.dit.init_weights()
+        self.text = WorldTextEncoder()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Text rows; a dropped prompt is 512 zero rows."""
+        return self.text(ids)[:, :ROWS]
+
+    def forward(self, context: Tensor, noised: Tensor, sigma: Tensor, first: int, cross_kv) -> Tensor:
+        """Flow of every chunk. context, noised [B, 16, F, h, w]; sigma [B, chunks] -> [B, 16, F, h, w]."""
+        frames = context.shape[2]
+        x = torch.cat([context, noised], dim=2)
+        t = 1000 * sigma.repeat_interleave(CHUNK, dim=1)
+        t = torch.cat([torch.zeros_like(t), t], dim=1)
+        cos, sin = self.dit.rope(first, frames, *x.shape[3:], x.device)
+        rope = torch.cat([cos, cos]), torch.cat([sin, sin])
+        flow = self.dit(x, t, cross_kv, teacher_forcing_attention(frames // CHUNK), rope=rope)
+        return flow[:, :, frames:]
+
+
+def per_frame(sigma_BK: Tensor) -> Tensor:
+    """[B, chunks] -> [B, 1, F, 1, 1]."""
+    return sigma_BK.repeat_interleave(CHUNK, dim=1)[:, None, :, None, None]
+
+
+def draw_sigma(batch: int, chunks: int, device) -> tuple[Tensor, Tensor]:
+    """Noise levels [B, chunks] and the index of the sampler step they stand for (-1: in between)."""
+    step = torch.randint(0, 4, (batch, chunks), device=device)
+    sigma = torch.tensor(SIGMAS, device=device)[step]
+    uniform = torch.rand(batch, chunks, device=device)
+    between = torch.rand(batch, chunks, device=device) < 0.12
+    return torch.where(between, 5 * uniform / (1 + 4 * uniform), sigma), torch.where(between, -1, step)
+
+
+@torch.no_grad()
+def own_estimate(model: Trainee, x0: Tensor, context: Tensor, sigma: Tensor, first: int, cross_kv) -> Tensor:
+    """The model's x0 for every chunk, from the truth noised to `sigma` [B, chunks] under `context`."""
+    s = per_frame(sigma)
+    noised = (1 - s) * x0 + s * torch.randn_like(x0)
+    return noised - s * model(context, noised, sigma, first, cross_kv).float()
+
+
+def self_inputs(model: Trainee, x0: Tensor, step: Tensor, first: int, cross_kv) -> tuple[Tensor, Tensor]:
+    """Context and noising source made of the model's own estimates, for about half of the chunks each.
+
+    The context drifts for one to three rounds. A step's source is the estimate of the step before it, as in the sampler; in a first
+    chunk that sees no history the estimate may show another layout than the truth, so there the truth stays.
+    """
+    batch, chunks = step.shape
+    context = x0
+    for _ in range(random.randint(1, 3)):
+        level = torch.where(torch.rand(batch, chunks, device=x0.device) < 0.5, SIGMAS[2], SIGMAS[3])
+        context = own_estimate(model, x0, context, level, first, cross_kv)
+    keep = torch.rand(batch, 1, device=x0.device) < 0.3
+    context = torch.where(per_frame(keep.expand(-1, chunks)), x0, context)
+    before = torch.tensor((1.0, *SIGMAS), device=x0.device)[step.clamp(min=0)]
+    source = own_estimate(model, x0, context, before, first, cross_kv)
+    truth = (step <= 0) | (torch.rand(batch, chunks, device=x0.device) < 0.5)
+    truth[:, 0] = True
+    return context, torch.where(per_frame(truth), x0, source)
+
+
+def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
+    """Compile one block's code for all blocks: the layer number, of no use here, would make a graph for each."""
+    run = torch.compile(lambda block, *args: Block.forward(block, *args), dynamic=False, backend=backend)
+    for block in dit.blocks:
+        block.forward = lambda x, e0, rope, kv, _layer, attend, block=block: run(block, x, e0, rope, kv, 0, attend)
+
+
+def optimizers(model: Trainee, cfg: DitTraining) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    inside = [p for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2 and n.startswith("dit.")]
+    ids = {id(p) for p in inside}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [
+        torch.optim.Muon(inside, lr=cfg.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=cfg.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False) -> None:
+    """Train with the VAE found in `folder`; writes world_dit and world_text there (the moving average of the weights).
+
+    `resume` starts from the weights already there, in the self phase.
+    """
+    torch.manual_seed(cfg.seed)
+    random.seed(cfg.seed)
+    vae = WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors")).to(device).eval().requires_grad_(False)
+    bank = LatentBank(vae, cfg.bank_size, device, cfg.seed, cfg.compile)
+    model = Trainee(cfg).to(device)
+    if resume:
+        load_weights(model, folder)
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    if cfg.compile:
+        compile_blocks(model.dit)
+    optims, step = optimizers(model, cfg), 0
+    budget, shown = Budget(cfg.minutes), time.monotonic()
+    while len(bank.latents) < cfg.bank_start and budget.progress < 0.5:
+        bank.add(4)
+    log.info("bank of %d clips after %.0f%% of the time", len(bank.latents), 100 * budget.progress)
+    losses: list[Tensor] = []
+    while (progress := budget.progress) < 1:
+        own = resume or progress > cfg.self_from
+        set_lr(optims, lr_factor(step, progress) * (0.5 if resume else 1.0))
+        losses.append(train_step(model, bank, cfg, optims, own, device))
+        blend = min(cfg.ema, (1 + step) / (10 + step))
+        current = model.state_dict()
+        torch._foreach_lerp_([average[k] for k in current], list(current.values()), 1 - blend)
+        step += 1
+        if step % cfg.encode_every == 0:
+            bank.add(4)
+        if step % cfg.log_every == 0:
+            now = time.monotonic()
+            by_sigma = torch.stack(losses[-cfg.log_every :]).nanmean(0).tolist()
+            log.info(
+                "dit step %d  %.0f%%  flow loss at %s: %s  bank %d  %.1f steps/s%s",
+                step, 100 * progress, [round(s, 2) for s in SIGMAS], [round(v, 4) for v in by_sigma],
+                len(bank.latents), cfg.log_every / (now - shown), "  (own context)" if own else "",
+            )  # fmt: skip
+            shown = now
+    save_trainee(average, folder)
+    log.info("wrote the world model to %s after %d steps", folder, step)
+
+
+def train_step(model: Trainee, bank: LatentBank, cfg: DitTraining, optims, own: bool, device: str) -> Tensor:
+    """One update. Returns the mean flow loss per sampler step [4] (nan where none was drawn)."""
+    chunks, batch = (FRAMES // 4 // CHUNK + 1, cfg.long_batch) if own else (cfg.chunks, cfg.batch)
+    x0, ids, first = bank.draw(batch, chunks, cfg.drop_prompt)
+    sigma, step = draw_sigma(batch, chunks, device)
+    with mixed_precision(device):
+        cross_kv = model.dit.cross_kv(model.rows(ids))
+        if own:
+            context, source = self_inputs(model, x0, step, first, [(k.detach(), v.detach()) for k, v in cross_kv])
+        else:
+            context = source = x0
+        level = cfg.context_noise * torch.rand(batch, 1, 1, 1, 1, device=device)
+        context = context + level * torch.randn_like(context)
+        s, noise = per_frame(sigma), torch.randn_like(x0)
+        noised = (1 - s) * source + s * noise
+        flow = model(context, noised, sigma, first, cross_kv)
+    # Exactly the flow that leads from the input to the truth; equal to noise - x0 where the source is the truth.
+    target = (noised - x0) / s
+    error = (flow.float() - target).square().mean(dim=(1, 3, 4)).unflatten(1, (chunks, CHUNK)).mean(2)
+    error.mean().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optims:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.stack([error.detach()[step == i].mean() for i in range(4)])
+
+
+def save_trainee(weights: dict[str, Tensor], folder: Path) -> None:
+    parts = {
+        part: {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
+        for part in ("dit", "text")
+    }
+    save_weights(folder / "world_dit.safetensors", parts["dit"], CAUSAL_AR)
+    save_weights(folder / "world_text.safetensors", parts["text"])
+
+
+def load_weights(model: Trainee, folder: Path) -> None:
+    for part in ("dit", "text"):
+        getattr(model, part).load_state_dict(load_file(folder / f"world_{part}.safetensors"))

@@ -1,0 +1,112 @@
+"""Measure the world model: the checker on the renderer and on the VAE, then the model's clips on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config import AttentionConfig, SamplerConfig
+from ..rollout import stream
+from ..state import StreamState
+from ..vae import WanVAE
+from ..video import contact_sheet
+from ..wan import WanModel, frame_timesteps
+from ..world.checker import judge, summarise
+from ..world.scene import Scene, sample_scene, to_prompt
+from ..world.text import WorldTextEncoder
+from .common import log, psnr, render_batch
+
+LATENT_FRAMES = 21
+MODES = {
+    "dense": AttentionConfig(mode="dense"),
+    "window": AttentionConfig(mode="window", window_frames=12),
+    "sparse": AttentionConfig(mode="sparse"),
+}
+
+
+def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
+    """Scenes whose prompts training never saw, all prompts different."""
+    rng, scenes = random.Random(seed + 1000), {}
+    while len(scenes) < count:
+        scene = sample_scene(rng, held_out=True)
+        scenes.setdefault(to_prompt(scene), scene)
+    return list(scenes.values())
+
+
+def to_uint8(video_CFHW: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 [F, H, W, 3] on the CPU."""
+    return ((video_CFHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
+
+
+def verdicts(videos: list[Tensor], scenes: list[Scene]) -> dict[str, float]:
+    """Rates of the checker over clips."""
+    with ThreadPoolExecutor(4) as pool:
+        return summarise(list(pool.map(judge, videos, scenes)))
+
+
+@torch.no_grad()
+def generate(dit: WanModel, vae: WanVAE, rows: Tensor, attention: AttentionConfig, seed: int) -> list[Tensor]:
+    """One clip per row of text, in one batch: uint8 [F, H, W, 3] each."""
+    batch, device = len(rows), rows.device
+    memory = StreamState(
+        layers=dit.num_layers, heads=dit.num_heads, head_dim=dit.head_dim, grid=(16, 16), chunk_frames=3,
+        attention=attention, batch=batch, total_frames=LATENT_FRAMES, dtype=dit.dtype, device=device,
+    )  # fmt: skip
+    cross_kv = dit.cross_kv(rows)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        t = frame_timesteps(sigma, batch, x.shape[2], device)
+        return x.float() - sigma * dit(x, t, cross_kv, memory.attend, memory.t_start).float()
+
+    chunks = stream(
+        denoise, memory, SamplerConfig(), shape=(batch, 16, 32, 32), total_frames=LATENT_FRAMES, seed=seed, device=device
+    )  # fmt: skip
+    latent = torch.cat([c.latent for c in chunks], dim=2)
+    return [to_uint8(vae.decode(z[None].to(device))[0]) for z in latent]
+
+
+@torch.no_grad()
+def report(folder: Path, clips: int, device: str, seed: int) -> dict:
+    """Measure the weights in `folder`; writes report.json and contact_sheet.png beside them."""
+    vae = WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors")).to(device).float().eval()
+    scenes = held_out_scenes(clips, seed)
+    found: dict = {"clips": clips, "seed": seed, "torch": torch.__version__, "device": device}
+    if device != "cpu":
+        found["device"] = torch.cuda.get_device_name()
+    rendered, through, scores = [], [], []
+    for scene in scenes:
+        video = render_batch([scene], 81, device)
+        decoded = vae.decode(vae.encode(video))
+        scores.append(psnr(decoded, video))
+        rendered.append(to_uint8(video[0]))
+        through.append(to_uint8(decoded[0]))
+    found["vae_psnr"] = {"mean": sum(scores) / clips, "min": min(scores)}
+    found["checker_on_renderer"] = verdicts(rendered, scenes)
+    found["checker_through_vae"] = verdicts(through, scenes)
+    found["checker_on_shuffled_prompts"] = verdicts(rendered, scenes[1:] + scenes[:1])
+    log.info("%s", json.dumps(found, indent=1))
+    if (folder / "world_dit.safetensors").is_file():
+        _report_generation(found, folder, vae, scenes, device, seed)
+    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _report_generation(found: dict, folder: Path, vae: WanVAE, scenes: list[Scene], device: str, seed: int) -> None:
+    dtype = torch.bfloat16 if device != "cpu" else torch.float32
+    dit = WanModel.from_state_dict(load_file(folder / "world_dit.safetensors")).to(device, dtype).eval()
+    text = WorldTextEncoder.from_state_dict(load_file(folder / "world_text.safetensors")).to(device, dtype).eval()
+    rows = text.encode([to_prompt(s) for s in scenes])
+    for name, attention in MODES.items():
+        videos: list[Tensor] = []
+        for i, part in enumerate(rows.split(16)):
+            videos += generate(dit, vae, part, attention, seed + i)
+        found[name] = verdicts(videos, scenes)
+        log.info("%s %s", name, json.dumps(found[name]))
+        sheet = torch.cat([v[torch.linspace(0, len(v) - 1, 6).long()] for v in videos[:16]])
+        contact_sheet(sheet.numpy(), count=len(sheet), columns=6, width=128).save(folder / f"sheet_{name}.png")

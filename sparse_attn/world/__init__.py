@@ -1,0 +1,4 @@
+"""A small world of moving sprites with a known ground truth: prompts, renderer, checker, and a model trained on it.
+
+No Wan weights travel with the pack, so this model is the default of the demo, the tests and every quality measurement.
+"""

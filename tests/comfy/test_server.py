@@ -1,0 +1,260 @@
+"""A real ComfyUI server with the pack in it: start, what it tells the front end, workflows, refusals, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORLD_DIT = ROOT / "sparse_attn" / "world" / "weights" / "world_dit.safetensors"
+FOLDER = "any name for it"  # ComfyUI takes the pack under whatever name its folder has
+NODES = 5
+START_SECONDS, RUN_SECONDS = 120, 120
+
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.skipif(not WORLD_DIT.is_file(), reason="this checkout lacks the world model's weights"),
+]
+
+
+class Server:
+    """A running ComfyUI: its address, its folder, its log."""
+
+    def __init__(self, url: str, base: Path, log: Path):
+        self.url, self.base, self.log = url, base, log
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            body = answer.read()
+            return json.loads(body) if "json" in answer.headers["Content-Type"] else body.decode()
+
+    def post(self, path: str, content: dict) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                body = answer.read()
+        except urllib.error.HTTPError as error:
+            body = error.read()
+        return json.loads(body) if body else None
+
+    def queue(self, workflow: dict) -> str:
+        answer = self.post("/prompt", {"prompt": workflow})
+        assert "prompt_id" in answer, answer
+        return answer["prompt_id"]
+
+    def wait(self, prompt_id: str) -> dict:
+        return until(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), RUN_SECONDS)
+
+    def run(self, workflow: dict) -> dict:
+        """The finished prompt's history entry."""
+        return self.wait(self.queue(workflow))
+
+    def error(self, workflow: dict) -> str:
+        """The message with which a prompt failed."""
+        status = self.run(workflow)["status"]
+        (said,) = [content for kind, content in status["messages"] if kind == "execution_error"]
+        return said["exception_message"]
+
+
+def until(question: Callable[[], Any], seconds: float) -> Any:
+    """The first true answer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = question()
+        if answer:
+            return answer
+        time.sleep(0.2)
+    raise TimeoutError(f"nothing happened in {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def server(host, tmp_path_factory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("comfyui")
+    models = base / "models" / "diffusion_models"
+    models.mkdir(parents=True)
+    (base / "custom_nodes").mkdir()
+    os.symlink(ROOT, base / "custom_nodes" / FOLDER, target_is_directory=True)
+    shutil.copy(WORLD_DIT, models)
+    (models / "cut.safetensors").write_bytes(WORLD_DIT.read_bytes()[:10_000])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)]
+    options += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method", "latent2rgb"]
+    options += ["--database-url", "sqlite:///:memory:"]
+    environment = host.environment(tmp_path_factory.mktemp("blocked"))
+    server = Server(f"http://127.0.0.1:{port}", base, base / "log.txt")
+    with server.log.open("wb") as log:
+        process = subprocess.Popen(
+            [host.python, str(host.path / "main.py"), *options],
+            cwd=host.path,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until(lambda: answers(server, process), START_SECONDS)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(server: Server, process: subprocess.Popen) -> bool:
+    assert process.poll() is None, server.log.read_text(encoding="utf-8", errors="replace")[-4000:]
+    try:
+        return bool(server.get("/system_stats"))
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+def api(name: str, **changes: Any) -> dict:
+    """An API workflow with inputs replaced: small(demo, n4_seconds=1) sets node 4's `seconds`; None removes one."""
+    workflow = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        node, _, name = key[1:].partition("_")
+        workflow[node]["inputs"][name] = value
+    return workflow
+
+
+def demo(**changes: Any) -> dict:
+    return api("world_model_demo", **{"n4_width": 64, "n4_height": 48, "n4_seconds": 0.5} | changes)
+
+
+def patch(**changes: Any) -> dict:
+    return api("patch_a_wan_model", **{"n10_width": 64, "n10_height": 48, "n10_length": 21} | changes)
+
+
+def saved_video(server: Server, outputs: dict) -> Path:
+    """The one video file that a prompt's outputs name."""
+    (saved,) = [entry for output in outputs.values() for entry in output.get("images", [])]
+    return server.base / saved["type"] / saved["subfolder"] / saved["filename"]
+
+
+def frames_of(path: Path) -> tuple[int, tuple[int, int]]:
+    with av.open(str(path)) as video:
+        sizes = [(frame.width, frame.height) for frame in video.decode(video=0)]
+    return len(sizes), sizes[0]
+
+
+def test_pack_loads_fast_and_quietly(server):
+    log = re.sub(r"\x1b\[\d+m", "", server.log.read_text(encoding="utf-8", errors="replace"))
+    loaded = re.search(rf"([\d.]+) seconds( \(IMPORT FAILED\))?: .*{FOLDER}", log)
+    assert loaded is not None, log
+    assert loaded[2] is None, log
+    assert float(loaded[1]) < 0.2
+    assert "Traceback" not in log
+    complaints = [line for line in log.splitlines() if re.match(r"\[(WARNING|ERROR|CRITICAL)\]", line)]
+    assert not [line for line in complaints if "sparse" in line.lower() or FOLDER in line]
+
+
+def test_every_input_and_output_is_explained(server):
+    nodes = {k: v for k, v in server.get("/object_info").items() if k.startswith("SparseForcing")}
+    assert len(nodes) == NODES
+    for name, node in nodes.items():
+        assert node["display_name"] and node["description"] and node["search_aliases"]
+        for group in ("required", "optional"):
+            for key, spec in node["input"].get(group, {}).items():
+                assert spec[1]["tooltip"], (name, key)
+        assert len(node["output_tooltips"]) == len(node["output"]) and all(node["output_tooltips"])
+
+
+def test_front_end_gets_help_and_templates(server):
+    address = f"/extensions/{urllib.request.quote(FOLDER)}/docs"
+    for page in (ROOT / "web" / "docs").glob("*/en.md"):
+        assert server.get(f"{address}/{page.parent.name}/en.md") == page.read_text(encoding="utf-8")
+    templates = server.get("/workflow_templates")[FOLDER]
+    assert sorted(templates) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+
+
+def test_world_model_demo_streams_a_video(server):
+    done = server.run(demo())
+    assert done["status"]["status_str"] == "success", done["status"]
+    assert frames_of(saved_video(server, done["outputs"])) == (9, (64, 48))
+
+
+def test_patched_wan_model_samples_with_core_nodes(server):
+    done = server.run(patch())
+    assert done["status"]["status_str"] == "success", done["status"]
+    assert frames_of(saved_video(server, done["outputs"])) == (21, (64, 48))
+
+
+def test_loader_reads_the_same_model(server):
+    workflow = patch(n10_length=9)
+    workflow["1"] = {
+        "class_type": "SparseForcingModelLoader",
+        "inputs": {"model_name": "world_dit.safetensors", "weights": "ema", "weight_dtype": "default"},
+    }
+    workflow["5"]["inputs"]["model"] = ["1", 0]  # shift 5 without ModelSamplingSD3
+    workflow["10"]["class_type"] = "EmptyHunyuanLatentVideo"
+    del workflow["4"]
+    assert server.run(workflow)["status"]["status_str"] == "success"
+
+
+def test_sampler_works_on_a_model_nobody_patched(server):
+    workflow = patch(n6_model=["4", 0], n7_model=["4", 0], n10_length=25)  # 7 latent frames: 3 + 3 + 1
+    del workflow["5"]
+    done = server.run(workflow)
+    assert frames_of(saved_video(server, done["outputs"]))[0] == 25
+
+
+@pytest.mark.parametrize(
+    ("workflow", "message"),
+    [
+        (lambda: patch(n10_length=25), "use 6 (21 video frames) or 9 (33 video frames)"),
+        (lambda: patch(n5_window_frames=7), "window_frames 7 is not a whole number of chunks of 3"),
+        (lambda: patch(n5_persistent_frames=0), "sink_frames 3 does not fit into persistent_frames 0"),
+        (lambda: patch(n5_mode="dense", n5_positions="rebased"), "Use positions 'absolute'"),
+        (lambda: patch(n10_width=104), "width 104 is not a multiple of 16"),
+        (lambda: patch(n7_denoise=0.5, n11_sigmas=["15", 0]) | split_sigmas(), "a schedule that ends at 0"),
+        (lambda: demo(n4_height=40), "height 40 is not a multiple of 16"),
+        (lambda: demo(n4_cfg=2.0), "A CFG of 2 needs a negative prompt"),
+        (lambda: demo(n3_backend="triton"), "triton cannot be imported"),
+        (lambda: load("cut.safetensors"), "is cut short"),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_mistakes_are_answered_clearly(server, workflow, message):
+    assert message in server.error(workflow())
+
+
+def split_sigmas() -> dict:
+    return {"15": {"class_type": "SplitSigmas", "inputs": {"sigmas": ["7", 0], "step": 2}}}
+
+
+def load(name: str) -> dict:
+    workflow = demo()
+    inputs = {"model_name": name, "weights": "ema", "weight_dtype": "default"}
+    workflow["9"] = {"class_type": "SparseForcingModelLoader", "inputs": inputs}
+    workflow["3"]["inputs"]["model"] = ["9", 0]
+    return workflow
+
+
+def test_stopping_keeps_what_is_finished(server):
+    prompt_id = server.queue(demo(n4_seconds=600.0, n4_seed=1, n4_filename_prefix="video/stopped"))
+    folder = server.base / "output" / "video"
+    until(
+        lambda: [path for path in folder.glob("stopped_*.mp4") if path.stat().st_size > 10_000], RUN_SECONDS
+    )
+    server.post("/interrupt", {})
+    status = server.wait(prompt_id)["status"]
+    assert "execution_interrupted" in [kind for kind, _ in status["messages"]]
+    count, size = frames_of(next(folder.glob("stopped_*.mp4")))
+    assert size == (64, 48) and count >= 9 and count % 12 == 9  # whole chunks: 9, then 12 each
+    assert f"{count} frames are kept in" in server.log.read_text(encoding="utf-8", errors="replace")
+    assert server.run(demo(n4_seed=2))["status"]["status_str"] == "success"

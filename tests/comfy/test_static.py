@@ -1,0 +1,208 @@
+"""What can be told about the nodes and workflows without ComfyUI: from the sources and the JSON alone."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+# Saved workflows refer to these names for ever: a new one may be added, none may change.
+FROZEN = {
+    "SparseForcingModelLoader": {
+        "inputs": ["model_name", "weights", "weight_dtype"],
+        "outputs": ["MODEL"],
+    },
+    "SparseForcingWorldModel": {"inputs": [], "outputs": ["MODEL", "CLIP", "VAE"]},
+    "SparseForcingApply": {
+        "inputs": [
+            "model",
+            "mode",
+            "window_frames",
+            "persistent_frames",
+            "topk",
+            "sink_frames",
+            "positions",
+            "block_tokens",
+            "backend",
+        ],
+        "outputs": ["MODEL"],
+    },
+    "SparseForcingSampler": {"inputs": ["chunk_frames"], "outputs": ["SAMPLER"]},
+    "SparseForcingStreamVideo": {
+        "inputs": [
+            "model",
+            "positive",
+            "vae",
+            "width",
+            "height",
+            "seconds",
+            "seed",
+            "steps",
+            "cfg",
+            "chunk_frames",
+            "fps",
+            "filename_prefix",
+            "negative",
+            "sigmas",
+        ],
+        "outputs": ["VIDEO", "LATENT"],
+    },
+}
+SOCKETS = {
+    "Model",
+    "Conditioning",
+    "Vae",
+    "Clip",
+    "Sigmas",
+    "Latent",
+    "Video",
+    "Image",
+    "Sampler",
+    "Noise",
+    "Guider",
+}
+
+
+def attribute_path(node: ast.expr) -> str:
+    """`io.Int.Input` of the call's function, or ''."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def keyword(call: ast.Call, name: str) -> ast.expr | None:
+    return next((k.value for k in call.keywords if k.arg == name), None)
+
+
+def calls(tree: ast.AST, kind: str) -> list[ast.Call]:
+    found = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+    return [
+        n for n in found if attribute_path(n.func).startswith("io.") and attribute_path(n.func).endswith(kind)
+    ]
+
+
+def node_classes() -> dict[str, ast.ClassDef]:
+    """Node id -> class, for every class that inherits io.ComfyNode directly with a literal id."""
+    nodes = {}
+    for path in sorted((ROOT / "nodes").glob("*.py")):
+        for cls in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(cls, ast.ClassDef) and any(attribute_path(b) == "io.ComfyNode" for b in cls.bases):
+                (schema,) = calls(cls, "Schema")
+                node_id = keyword(schema, "node_id")
+                assert isinstance(node_id, ast.Constant), f"{cls.name} needs a literal node_id"
+                nodes[node_id.value] = cls
+    return nodes
+
+
+NODES = node_classes()
+
+
+def inputs_of(node_id: str) -> list[ast.Call]:
+    return calls(NODES[node_id], ".Input")
+
+
+def input_name(call: ast.Call) -> str:
+    return ast.literal_eval(call.args[0])
+
+
+def test_node_ids_inputs_and_outputs_are_frozen():
+    found = {
+        node_id: {
+            "inputs": [input_name(i) for i in inputs_of(node_id)],
+            "outputs": [ast.literal_eval(keyword(o, "display_name")) for o in calls(cls, ".Output")],
+        }
+        for node_id, cls in NODES.items()
+    }
+    assert found == FROZEN
+
+
+@pytest.mark.parametrize("node_id", FROZEN)
+def test_everything_on_a_node_is_explained(node_id):
+    cls = NODES[node_id]
+    (schema,) = calls(cls, "Schema")
+    for part in ("display_name", "category", "description", "search_aliases"):
+        assert keyword(schema, part) is not None, part
+    for port in (*calls(cls, ".Input"), *calls(cls, ".Output")):
+        tooltip = keyword(port, "tooltip")
+        assert tooltip is not None, ast.unparse(port)
+        assert len(ast.literal_eval(tooltip)) > 10
+    help_page = (ROOT / "web" / "docs" / node_id / "en.md").read_text(encoding="utf-8")
+    for call in inputs_of(node_id):
+        assert f"**{input_name(call)}**" in help_page
+
+
+def test_schema_inputs_are_execute_arguments():
+    for node_id, cls in NODES.items():
+        (execute,) = [f for f in cls.body if isinstance(f, ast.FunctionDef) and f.name == "execute"]
+        arguments = [a.arg for a in execute.args.args[1:]]
+        if execute.args.kwarg is None:
+            assert arguments == [input_name(i) for i in inputs_of(node_id)]
+        else:
+            assert set(arguments) <= {input_name(i) for i in inputs_of(node_id)}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+class TestWorkflow:
+    def test_is_a_flat_export_with_a_thumbnail(self, path):
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        assert workflow["version"] == 0.4 and "definitions" not in workflow
+        assert path.with_suffix(".jpg").read_bytes()[:3] == b"\xff\xd8\xff"
+        ids = [node["id"] for node in workflow["nodes"]]
+        assert len(set(ids)) == len(ids) and workflow["last_node_id"] == max(ids)
+        assert workflow["last_link_id"] == max(link[0] for link in workflow["links"])
+
+    def test_links_agree_at_both_ends(self, path):
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        nodes = {node["id"]: node for node in workflow["nodes"]}
+        for link_id, source, out_slot, target, in_slot, kind in workflow["links"]:
+            output, socket = nodes[source]["outputs"][out_slot], nodes[target]["inputs"][in_slot]
+            assert link_id in output["links"] and socket["link"] == link_id
+            assert output["type"] == socket["type"] == kind
+
+    def test_our_nodes_match_their_schemas(self, path):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            if node["type"] not in FROZEN:
+                continue
+            schema = {input_name(i): attribute_path(i.func).split(".")[1] for i in inputs_of(node["type"])}
+            assert {i["name"] for i in node["inputs"]} == set(schema)
+            for socket in node["inputs"]:
+                assert ("widget" in socket) == (schema[socket["name"]] not in SOCKETS)
+            assert [o["name"] for o in node["outputs"]] == FROZEN[node["type"]]["outputs"]
+
+    def test_equals_its_api_form(self, path):
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        api = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+        found = {
+            str(n["id"]): as_api(n, workflow["links"])
+            for n in workflow["nodes"]
+            if n["type"] != "MarkdownNote"
+        }
+        for node_id, node in api.items():
+            inputs = found[node_id]["inputs"]
+            assert found[node_id]["class_type"] == node["class_type"]
+            # what the API form leaves out is left to the node's default
+            assert {k: inputs[k] for k in node["inputs"]} == node["inputs"]
+        assert found.keys() == api.keys()
+
+
+def as_api(node: dict, links: list) -> dict:
+    """A node of the front end's form as the API wants it."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in links}
+    values = iter(node.get("widgets_values", []))
+    inputs = {}
+    for socket in node["inputs"]:
+        if "widget" in socket:
+            inputs[socket["name"]] = next(values)
+            if socket["name"] in ("seed", "noise_seed"):
+                assert next(values) in ("fixed", "randomize", "increment", "decrement")
+        elif socket["link"] is not None:
+            inputs[socket["name"]] = sources[socket["link"]]
+    assert next(values, None) is None, f"{node['type']} has more values than widgets"
+    return {"class_type": node["type"], "inputs": inputs}

@@ -1,0 +1,96 @@
+"""What only a GPU can show: that the host never waits while a chunk is generated, and that numbers are the CPU's."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from sparse_forcing_pack.sparse_attn.config import AttentionConfig
+from sparse_forcing_pack.sparse_attn.positions import apply_rope, rope_table
+from sparse_forcing_pack.sparse_attn.state import StreamState
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+LAYERS, HEADS, HEAD_DIM, GRID = 3, 2, 128, (30, 52)
+MODES = [
+    AttentionConfig(mode="dense"),
+    AttentionConfig(mode="window", positions="rebased"),
+    AttentionConfig(),
+    AttentionConfig(positions="rebased"),
+]
+IDS = [f"{attention.mode}-{attention.positions}" for attention in MODES]
+
+
+@contextmanager
+def no_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def new_state(attention, device, dtype, grid=GRID):
+    return StreamState(
+        layers=LAYERS,
+        heads=HEADS,
+        head_dim=HEAD_DIM,
+        grid=grid,
+        chunk_frames=3,
+        attention=attention,
+        total_frames=18,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def run_chunk(state, qkv, table):
+    """Two passes over all layers, as the rollout makes them."""
+    state.begin_chunk(3)
+    for _ in range(2):
+        for layer in range(LAYERS):
+            q, k, v = qkv
+            out = state.attend(layer, apply_rope(q, *table), apply_rope(k, *table), v)
+    state.end_chunk()
+    return out
+
+
+@pytest.mark.parametrize("attention", MODES, ids=IDS)
+def test_the_host_never_waits(attention):
+    state = new_state(attention, "cuda", torch.bfloat16)
+    qkv = torch.randn(3, 1, 3 * GRID[0] * GRID[1], HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    table = rope_table(0, 3, *GRID, HEAD_DIM, "cuda")
+    for _ in range(4):  # fills window and memory, compiles kernels
+        run_chunk(state, qkv, table)
+    with no_waiting():
+        for _ in range(2):
+            run_chunk(state, qkv, table)
+
+
+@pytest.mark.parametrize("attention", MODES, ids=IDS)
+def test_memory_allocated_is_constant(attention):
+    state = new_state(attention, "cuda", torch.bfloat16)
+    qkv = torch.randn(3, 1, 3 * GRID[0] * GRID[1], HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    table = rope_table(0, 3, *GRID, HEAD_DIM, "cuda")
+    allocated = []
+    for _ in range(6):
+        run_chunk(state, qkv, table)
+        allocated.append(torch.cuda.memory_allocated())
+    assert max(allocated[3:]) - min(allocated[3:]) <= 2**20, (
+        "once the memory is full, only tables come and go"
+    )
+
+
+@pytest.mark.parametrize("attention", MODES, ids=IDS)
+def test_cuda_equals_cpu(attention):
+    generator, grid = torch.Generator().manual_seed(0), (12, 20)
+    states = {device: new_state(attention, device, torch.float32, grid) for device in ("cpu", "cuda")}
+    for _ in range(6):
+        qkv = torch.randn(3, 1, 3 * grid[0] * grid[1], HEADS, HEAD_DIM, generator=generator)
+        outputs = []
+        for device, state in states.items():
+            table = rope_table(3, 3, *grid, HEAD_DIM, device)
+            outputs.append(run_chunk(state, qkv.to(device), table).cpu())
+        torch.testing.assert_close(*outputs, atol=5e-3, rtol=5e-3)

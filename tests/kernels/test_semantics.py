@@ -1,0 +1,120 @@
+"""What PBSA means, for every backend that runs in this process (Triton's interpreter runs this file too)."""
+
+import math
+
+import pytest
+import torch
+from pbsa_oracle import assert_within_eager_error, make_problem
+from sparse_forcing_pack.kernels import BlockLists, pbsa_attention, route
+
+SHAPES = [
+    {"groups": 1, "blocks": 1, "slots": 1, "tokens": 16, "dim": 64, "longest": 1},
+    {"groups": 12, "blocks": 2, "slots": 3, "tokens": 16, "dim": 64, "longest": 2},
+    {"groups": 2, "blocks": 5, "slots": 11, "tokens": 32, "dim": 96, "longest": 7},
+    {"groups": 3, "blocks": 7, "slots": 4, "tokens": 16, "dim": 128, "longest": 4},  # more queries than keys
+    {"groups": 2, "blocks": 2, "slots": 6, "tokens": 64, "dim": 128, "longest": 3},
+    {"groups": 1, "blocks": 2, "slots": 3, "tokens": 128, "dim": 64, "longest": 3},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape.values())))
+@pytest.mark.parametrize("kind", ["listed", "shared", "full"])
+def test_ragged_pages_and_uneven_lists(backend, shape, kind):
+    name, device = backend
+    problem = make_problem(**shape, shared=kind == "shared", full=kind == "full")
+    assert_within_eager_error(problem.to(device), name)
+
+
+def test_empty_lists_and_empty_pages(backend):
+    name, device = backend
+    problem = make_problem(groups=1, blocks=2, slots=2, longest=1)
+    problem.lists.cnt[:] = torch.tensor([[1, 0]])
+    problem.lists.idx.zero_()  # the first list reads page 0, which holds no valid token; the second reads nothing
+    out, lse = problem.to(device).run(name)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_lists_without_room(backend):
+    name, device = backend
+    problem = make_problem().to(device)
+    problem.lists = BlockLists(problem.lists.idx[..., :0], torch.zeros_like(problem.lists.cnt))
+    out, lse = problem.run(name)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_padding_entries_do_not_matter(backend):
+    name, device = backend
+    problem = make_problem().to(device)
+    before = problem.run(name)
+    padding = torch.arange(5, device=device) >= problem.lists.cnt[..., None]
+    problem.lists.idx[padding] = 3
+    for one, other in zip(problem.run(name), before):
+        assert torch.equal(one, other)
+
+
+def test_the_same_list_in_every_row_equals_the_shared_list(backend):
+    name, device = backend
+    shared = make_problem(blocks=4, shared=True).to(device)
+    spread = make_problem(blocks=4, shared=True).to(device)
+    spread.lists = BlockLists(
+        shared.lists.idx.expand(-1, 4, -1).contiguous(), shared.lists.cnt.expand(-1, 4).contiguous()
+    )
+    for one, other in zip(spread.run(name), shared.run(name)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_lists_of_a_split_merge_by_their_lse(backend):
+    """lse is the exact weight of a part: attention over two halves of a list adds up to the whole."""
+    name, device = backend
+    problem = make_problem(full=True).to(device)
+    whole, _ = problem.run(name)
+    idx, cnt = problem.lists
+    halves = []
+    for part in (idx[..., :3], idx[..., 3:]):
+        problem.lists = BlockLists(part.contiguous(), torch.full_like(cnt, part.shape[2]))
+        halves.append(problem.run(name))
+    lse = torch.stack([lse for _, lse in halves])
+    weights = lse.softmax(0)[..., None]
+    merged = sum(weight * out for weight, (out, _) in zip(weights, halves))
+    torch.testing.assert_close(merged, whole, rtol=0, atol=2e-6)
+
+
+def test_strided_views_are_read_as_they_are(backend):
+    """Pages cut out of a pool of several layers, and queries that are a transposed view."""
+    name, device = backend
+    problem = make_problem().to(device)
+    expected = problem.run(name)
+    pool = torch.stack([problem.k_pages, problem.v_pages], dim=2)  # [G, S, 2, T, D]
+    q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)
+    lists = BlockLists(*(x.repeat_interleave(2, -1)[..., ::2] for x in problem.lists))
+    actual = pbsa_attention(q, pool[:, :, 0], pool[:, :, 1], problem.page_len, lists, backend=name)
+    for one, other in zip(actual, expected):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("slots", "fixed", "free"), [(5, 0, 4), (9, 3, 5), (70, 20, 33), (4, 3, 0)])
+@pytest.mark.parametrize("whole_numbers", [True, False])
+def test_router_chooses_what_the_reference_chooses(backend, slots, fixed, free, whole_numbers):
+    name, device = backend
+    draw = torch.Generator().manual_seed(slots)
+    pooled_q, pooled_k = (torch.randn(2, n, 96, generator=draw) for n in (3, slots))
+    if whole_numbers:  # exact in float32, with many ties
+        pooled_q, pooled_k = ((x * 0.4).round() for x in (pooled_q, pooled_k))
+    order = torch.rand(2, slots, generator=draw).argsort(-1).to(torch.int32)
+    always, local = order[:, :fixed], order[:, fixed : fixed + free]
+    problem = (pooled_q, pooled_k, always, local)
+    for k in (0, 1, free // 2, free, free + 3):
+        expected, shares = route(*problem, k, scale=0.25, backend="reference")
+        lists, importance = route(*(x.to(device) for x in problem), k, scale=0.25, backend=name)
+        assert torch.equal(lists.idx.cpu(), expected.idx) and torch.equal(lists.cnt.cpu(), expected.cnt)
+        torch.testing.assert_close(importance.cpu(), shares, rtol=0, atol=2e-6)
+        assert lists.idx.dtype == lists.cnt.dtype == torch.int32
+
+
+def test_router_is_reproducible(backend):
+    name, device = backend
+    draw = torch.Generator().manual_seed(0)
+    pooled_q, pooled_k = (torch.randn(2, n, 64, generator=draw).to(device) for n in (5, 12))
+    slots = torch.arange(12, dtype=torch.int32, device=device).expand(2, -1)
+    first, second = (route(pooled_q, pooled_k, slots[:, :4], slots[:, 4:], 3, backend=name) for _ in "12")
+    assert torch.equal(first[0].idx, second[0].idx) and torch.equal(first[1], second[1])
