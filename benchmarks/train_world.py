@@ -20,7 +20,9 @@ from _root import load_pack
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("vae", "dit", "eval"))
     parser.add_argument("--out", type=Path, default=Path("build/world"))
     parser.add_argument("--minutes", type=float)
@@ -40,7 +42,7 @@ def main() -> None:
     overrides["seed"] = args.seed
     if args.what == "vae":
         m = importlib.import_module(f"{pack}.sparse_attn.training.world_vae")
-        m.train_vae(m.VaeTraining(**overrides), args.out / "world_vae.safetensors", args.device)
+        m.train_vae(m.VaeTraining(**overrides), args.out / "world_vae.safetensors", args.device, args.resume)
     elif args.what == "dit":
         m = importlib.import_module(f"{pack}.sparse_attn.training.world_dit")
         m.train_dit(m.DitTraining(**overrides), args.out, args.device, resume=args.resume)

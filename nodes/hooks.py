@@ -69,8 +69,7 @@ def diffusion_model_wrapper(
     if run is not None:
         _refuse_extra_tokens(time_dim_concat, kwargs)
         network = executor.class_obj
-        keys = transformer_options.get("uuids") or transformer_options["cond_or_uncond"]
-        states = run.states_for(list(keys), network, x)
+        states = run.states_for(transformer_options["uuids"], network, x)
         freqs = network.rope_encode(
             *x.shape[2:],
             t_start=run.t_start,

@@ -69,8 +69,16 @@ class SamplingRun:
             state.end_chunk()
         self.frame += self._frames
 
+    def close(self) -> None:
+        """Give the memory back; the run could start anew."""
+        self.states.clear()
+        self.frame = 0
+
     def states_for(self, keys: list[Hashable], network: Any, x: Tensor) -> list[StreamState]:
-        """The states of one forward, in batch order; `x` [len(keys) * B, C, F, H, W] is its input."""
+        """The states of one forward, in batch order; `x` [len(keys) * B, C, F, H, W] is its input.
+
+        keys: the host's id of each conditioning entry in the batch, constant during a run.
+        """
         self._seen.update(keys)
         return [self.states.get(key) or self._open(key, network, x, x.shape[0] // len(keys)) for key in keys]
 

@@ -21,6 +21,8 @@ from .session import ATTENTION, RUN, SamplingRun
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
+TRAINED_FRAMES = 1024  # where Wan's own table of positions ends, 4 minutes and 16 seconds
+
 
 class StreamSampler(comfy.samplers.KSAMPLER):
     """A SAMPLER that denoises a video chunk by chunk over the model's chunk memory.
@@ -48,6 +50,12 @@ class StreamSampler(comfy.samplers.KSAMPLER):
         check_latent((*shape[:2], total, *shape[3:]))
         if attention.mode != "dense":
             check_length(total - given_frames(transformer_options), self.chunk_frames)
+        if total > TRAINED_FRAMES and attention.positions == "absolute":
+            logger.warning(
+                "%d latent frames with positions 'absolute': Wan knows %d. Use positions 'rebased' for long videos.",
+                total,
+                TRAINED_FRAMES,
+            )
         return SamplingRun(attention, self.chunk_frames, total, self.reserve_bytes)
 
     def sample(
@@ -140,7 +148,7 @@ def _open(
         try:
             yield run
         finally:
-            run.states.clear()
+            run.close()
 
 
 def _start_frames(base: Any, options: dict[str, Any], x: Tensor) -> Tensor | None:

@@ -198,7 +198,8 @@ def check_outputs(out: Path, sheet: Path | None) -> None:
 
 def write_video(pipeline: VideoPipeline, request: Request, out: Path, sheet: Path | None) -> int:
     """Append chunks to the file as they come; whatever ends the run, the file is closed and plays."""
-    from .video import Mp4Writer, spread
+    from .pictures import spread
+    from .video import Mp4Writer
 
     progress = Progress(request.chunks, sys.stderr)
     shown = set(spread(request.video_frames, SHEET_FRAMES)) if sheet else set()
@@ -237,7 +238,7 @@ def write_video(pipeline: VideoPipeline, request: Request, out: Path, sheet: Pat
 def write_sheet(frames: list, path: Path) -> None:
     import numpy as np
 
-    from .video import contact_sheet
+    from .pictures import contact_sheet
 
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(np.stack(frames), count=SHEET_FRAMES).save(path)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..kernels.pbsa.constraints import Call, choose
 from .config import PIXELS_PER_TOKEN, AttentionConfig, SamplerConfig, check_length, check_size, pixel_frames
+from .pictures import to_uint8
 from .rollout import stream
 from .state import StreamState
-from .video import to_uint8
 from .wan import frame_timesteps
 from .world.model import WorldModel, load_world_model
 from .world.scene import SIZE_PX
@@ -190,24 +190,23 @@ class VideoPipeline:
 
     def _generate(self, request: Request, on_pass: OnPass | None) -> Iterator[VideoChunk]:
         memory = new_memory(self.widths, request, self.dtype, self.device)
+        height, width = request.height // PIXELS_PER_LATENT, request.width // PIXELS_PER_LATENT
         logger.info(
-            "%d chunks at %dx%d, cache %d bytes", request.chunks, request.width, request.height, memory.nbytes
+            "%d chunks of latents %dx%d, cache %d bytes", request.chunks, width, height, memory.nbytes
         )
+
+        def after_pass(chunk: int, index: int, passes: int, x0: Tensor) -> None:
+            if on_pass is not None:
+                on_pass(chunk, index, passes)
+
         chunks = stream(
             self._denoiser(request, memory),
             memory,
             request.sampler,
-            shape=(
-                1,
-                LATENT_CHANNELS,
-                request.height // PIXELS_PER_LATENT,
-                request.width // PIXELS_PER_LATENT,
-            ),
+            shape=(1, LATENT_CHANNELS, height, width),
             total_frames=request.latent_frames,
             seed=request.seed,
-            on_pass=None
-            if on_pass is None
-            else lambda chunk, index, passes, x0: on_pass(chunk, index, passes),
+            on_pass=after_pass,
             clean_last=False,  # nothing follows the last chunk
             device=self.device,
         )

@@ -1,8 +1,8 @@
 """The Wan2.1 causal video VAE (8x8 space, 4x time, 16 channels) in plain torch, offline and as a stream.
 
-Weight names are Wan's. Every convolution is causal in time, so a decoder that remembers the last two input frames of each
-convolution gives the same video whether latents arrive at once or in chunks of any size. A video of 1 + 4n frames has
-1 + n latent frames; the first stands for one frame, each later one for four.
+Weight names are Wan's. Every convolution is causal in time, so a decoder that remembers the last two input frames of
+each convolution gives the same video whether latents arrive at once or in chunks of any size. A video of 1 + 4n frames
+has 1 + n latent frames; the first stands for one frame, each later one for four.
 
 `encode` and `decode` speak *normalised* latents (what a diffusion model sees); the weights' own latents have Wan's mean
 and deviation per channel, which hosts remove themselves.
@@ -32,7 +32,7 @@ RES_BLOCKS = 2
 
 
 class StreamCache(dict):
-    """What a stream remembers between chunks, by module: tails of convolution inputs, and who has seen a first frame."""
+    """What a stream remembers between chunks, by module: tails of inputs, and who has seen a first frame."""
 
 
 def causal_conv(conv: nn.Module, x: Tensor, cache: StreamCache | None) -> Tensor:
@@ -241,7 +241,9 @@ class WanVAE(nn.Module):
             raise ValueError(f"a {width}x{height} video cannot be encoded: both sides must be multiples of 8")
         cache = StreamCache()
         pieces = [video_BCFHW[:, :, :1], *video_BCFHW[:, :, 1:].split(frames_at_once, dim=2)]
-        return self._to_latent(torch.cat([self.encoder(piece, cache) for piece in pieces if piece.shape[2]], dim=2))
+        return self._to_latent(
+            torch.cat([self.encoder(piece, cache) for piece in pieces if piece.shape[2]], dim=2)
+        )
 
     def encode_whole(self, video_BCFHW: Tensor) -> Tensor:
         """`encode` in one piece and without its checks: what training compiles."""

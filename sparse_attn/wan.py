@@ -1,7 +1,7 @@
 """The Wan2.1 text-to-video backbone in plain torch, with the self-attention left open.
 
-Weight names and arithmetic are Wan's (blocks.i.self_attn.q ..., adaLN modulation with one timestep per latent frame), so
-real checkpoints load by name. What a token may look at is not decided here: every block hands its rotated q, k and v
+Weight names and arithmetic are Wan's (blocks.i.self_attn.q ..., adaLN modulation with one timestep per latent frame),
+so real checkpoints load by name. What a token may look at is not decided here: every block hands its rotated q, k and v
 to `attend(layer, q, k, v)`, which is where memory and sparsity live (see state.py).
 
 Shapes: B batch, C latent channels, F latent frames, H W latent height and width, N tokens = F * (H/2) * (W/2),

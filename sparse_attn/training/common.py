@@ -54,7 +54,9 @@ def training_scenes(rng: random.Random, count: int) -> list[Scene]:
 def render_batch(scenes: list[Scene], frames: int, device, starts: list[int] | None = None) -> Tensor:
     """[B, 3, frames, 256, 256] float32 in [-1, 1]."""
     starts = starts or [0] * len(scenes)
-    return torch.stack([render(s, frames, start, device=device) for s, start in zip(scenes, starts, strict=True)])
+    return torch.stack(
+        [render(s, frames, start, device=device) for s, start in zip(scenes, starts, strict=True)]
+    )
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

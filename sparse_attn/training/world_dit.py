@@ -1,17 +1,18 @@
 """Train the world's causal diffusion transformer and its text encoder to generate in four steps.
 
-Teacher forcing: a clip of chunks stands in the sequence twice, clean (timestep 0) and noised; a noised chunk sees the clean chunks before it
-and itself, a clean chunk sees the clean ones up to itself, exactly what the cache holds at generation. The levels of noise are the four of
-the sampler, plus some in between.
+Teacher forcing: a clip of chunks stands in the sequence twice, clean (timestep 0) and noised; a noised chunk sees the
+clean chunks before it and itself, a clean chunk sees the clean ones up to itself, exactly what the cache holds at
+generation. The levels of noise are the four of the sampler, plus some in between.
 
-Then the model learns to live with its own output ("self" phase): the clean context and the inputs of later steps are replaced by the model's
-own estimates, made in parallel for all chunks. Because the world is deterministic once its first frames are seen, the renderer's next
-frames stay the right target, and no adversary or critic is needed.
+Then the model learns to live with its own output ("self" phase): the clean context and the inputs of later steps are
+replaced by the model's own estimates, made in parallel for all chunks. Because the world is deterministic once its
+first frames are seen, the renderer's next frames stay the right target, and no adversary or critic is needed.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -25,8 +26,17 @@ from torch import Tensor, nn
 from ..vae import WanVAE
 from ..wan import Block, WanModel
 from ..world.scene import to_prompt
-from ..world.text import PAD, ROWS, WorldTextEncoder, tokenize
-from .common import Budget, log, lr_factor, mixed_precision, render_batch, save_weights, set_lr, training_scenes
+from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
+from .common import (
+    Budget,
+    log,
+    lr_factor,
+    mixed_precision,
+    render_batch,
+    save_weights,
+    set_lr,
+    training_scenes,
+)
 
 SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)
 CHUNK = 3
@@ -36,7 +46,7 @@ CAUSAL_AR = {"config": '{"transformer": {"causal_ar": true}}'}
 
 @dataclass(frozen=True)
 class DitTraining:
-    """minutes: length of the run. self_from: progress at which the model starts to see its own output and full clips."""
+    """minutes: length of the run. self_from: progress at which the model starts to see its own output (full clips)."""
 
     minutes: float = 9.0
     seed: int = 0
@@ -57,6 +67,7 @@ class DitTraining:
     context_noise: float = 0.12
     ema: float = 0.998
     compile: bool = True
+    compile_encoder: bool = True
     log_every: int = 100
 
 
@@ -87,9 +98,14 @@ class LatentBank:
     def draw(self, count: int, chunks: int, drop_prompt: float) -> tuple[Tensor, Tensor, int]:
         """Latents [B, 16, 3 * chunks, h, w] float32, word ids [B, n], and the first frame's index."""
         pick = [self.rng.randrange(len(self.latents)) for _ in range(count)]
-        first = 0 if self.rng.random() < 0.5 else CHUNK * self.rng.randint(0, FRAMES // 4 // CHUNK + 1 - chunks)
+        first = (
+            0 if self.rng.random() < 0.5 else CHUNK * self.rng.randint(0, FRAMES // 4 // CHUNK + 1 - chunks)
+        )
         latents = torch.stack([self.latents[i][:, first : first + CHUNK * chunks] for i in pick]).float()
-        ids = [self.ids[i] if self.rng.random() > drop_prompt else self.ids[i][:0] for i in pick]
+        # A dropped prompt is one unknown word, as the empty prompt is when generating: a row without any word would be
+        # attention over nothing, whose gradient is not a number on some GPU kernels.
+        nothing = torch.tensor([UNKNOWN], device=self.device)
+        ids = [self.ids[i] if self.rng.random() > drop_prompt else nothing for i in pick]
         padded = torch.full((count, 64), PAD, device=self.device)
         for row, words in zip(padded, ids, strict=True):
             row[: len(words)] = words
@@ -125,17 +141,13 @@ class Trainee(nn.Module):
         self.dit.init_weights()
         self.text = WorldTextEncoder()
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Text rows; a dropped prompt is 512 zero rows."""
-        return self.text(ids)[:, :ROWS]
-
     def forward(self, context: Tensor, noised: Tensor, sigma: Tensor, first: int, cross_kv) -> Tensor:
         """Flow of every chunk. context, noised [B, 16, F, h, w]; sigma [B, chunks] -> [B, 16, F, h, w]."""
         frames = context.shape[2]
         x = torch.cat([context, noised], dim=2)
         t = 1000 * sigma.repeat_interleave(CHUNK, dim=1)
         t = torch.cat([torch.zeros_like(t), t], dim=1)
-        cos, sin = self.dit.rope(first, frames, *x.shape[3:], x.device)
+        cos, sin = self.dit.rope(first, frames, x.shape[3], x.shape[4], x.device)
         rope = torch.cat([cos, cos]), torch.cat([sin, sin])
         flow = self.dit(x, t, cross_kv, teacher_forcing_attention(frames // CHUNK), rope=rope)
         return flow[:, :, frames:]
@@ -166,8 +178,9 @@ def own_estimate(model: Trainee, x0: Tensor, context: Tensor, sigma: Tensor, fir
 def self_inputs(model: Trainee, x0: Tensor, step: Tensor, first: int, cross_kv) -> tuple[Tensor, Tensor]:
     """Context and noising source made of the model's own estimates, for about half of the chunks each.
 
-    The context drifts for one to three rounds. A step's source is the estimate of the step before it, as in the sampler; in a first
-    chunk that sees no history the estimate may show another layout than the truth, so there the truth stays.
+    The context drifts for one to three rounds. A step's source is the estimate of the step before it, as in the
+    sampler; in a first chunk that sees no history the estimate may show another layout than the truth, so there the
+    truth stays.
     """
     batch, chunks = step.shape
     context = x0
@@ -187,12 +200,16 @@ def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
     """Compile one block's code for all blocks: the layer number, of no use here, would make a graph for each."""
     run = torch.compile(lambda block, *args: Block.forward(block, *args), dynamic=False, backend=backend)
     for block in dit.blocks:
-        block.forward = lambda x, e0, rope, kv, _layer, attend, block=block: run(block, x, e0, rope, kv, 0, attend)
+        block.forward = lambda x, e0, rope, kv, _layer, attend, block=block: run(
+            block, x, e0, rope, kv, 0, attend
+        )
 
 
 def optimizers(model: Trainee, cfg: DitTraining) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
-    inside = [p for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2 and n.startswith("dit.")]
+    inside = [
+        p for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2 and n.startswith("dit.")
+    ]
     ids = {id(p) for p in inside}
     rest = [p for p in model.parameters() if id(p) not in ids]
     return [
@@ -208,8 +225,13 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
     """
     torch.manual_seed(cfg.seed)
     random.seed(cfg.seed)
-    vae = WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors")).to(device).eval().requires_grad_(False)
-    bank = LatentBank(vae, cfg.bank_size, device, cfg.seed, cfg.compile)
+    vae = (
+        WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors"))
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
+    bank = LatentBank(vae, cfg.bank_size, device, cfg.seed, cfg.compile_encoder)
     model = Trainee(cfg).to(device)
     if resume:
         load_weights(model, folder)
@@ -235,6 +257,10 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
         if step % cfg.log_every == 0:
             now = time.monotonic()
             by_sigma = torch.stack(losses[-cfg.log_every :]).nanmean(0).tolist()
+            if not math.isfinite(sum(current["dit.head.head.bias"].tolist())):
+                raise FloatingPointError(
+                    f"the weights are not finite at step {step}: lower muon_lr or adam_lr"
+                )
             log.info(
                 "dit step %d  %.0f%%  flow loss at %s: %s  bank %d  %.1f steps/s%s",
                 step, 100 * progress, [round(s, 2) for s in SIGMAS], [round(v, 4) for v in by_sigma],
@@ -251,9 +277,11 @@ def train_step(model: Trainee, bank: LatentBank, cfg: DitTraining, optims, own: 
     x0, ids, first = bank.draw(batch, chunks, cfg.drop_prompt)
     sigma, step = draw_sigma(batch, chunks, device)
     with mixed_precision(device):
-        cross_kv = model.dit.cross_kv(model.rows(ids))
+        cross_kv = model.dit.cross_kv(model.text(ids))
         if own:
-            context, source = self_inputs(model, x0, step, first, [(k.detach(), v.detach()) for k, v in cross_kv])
+            context, source = self_inputs(
+                model, x0, step, first, [(k.detach(), v.detach()) for k, v in cross_kv]
+            )
         else:
             context = source = x0
         level = cfg.context_noise * torch.rand(batch, 1, 1, 1, 1, device=device)

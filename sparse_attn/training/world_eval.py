@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import AttentionConfig, SamplerConfig
+from ..pictures import contact_sheet
 from ..rollout import stream
 from ..state import StreamState
 from ..vae import WanVAE
-from ..video import contact_sheet
 from ..wan import WanModel, frame_timesteps
 from ..world.checker import judge, summarise
 from ..world.scene import Scene, sample_scene, to_prompt
@@ -32,7 +32,8 @@ MODES = {
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     """Scenes whose prompts training never saw, all prompts different."""
-    rng, scenes = random.Random(seed + 1000), {}
+    rng = random.Random(seed + 1000)
+    scenes: dict[str, Scene] = {}
     while len(scenes) < count:
         scene = sample_scene(rng, held_out=True)
         scenes.setdefault(to_prompt(scene), scene)
@@ -65,7 +66,8 @@ def generate(dit: WanModel, vae: WanVAE, rows: Tensor, attention: AttentionConfi
         return x.float() - sigma * dit(x, t, cross_kv, memory.attend, memory.t_start).float()
 
     chunks = stream(
-        denoise, memory, SamplerConfig(), shape=(batch, 16, 32, 32), total_frames=LATENT_FRAMES, seed=seed, device=device
+        denoise, memory, SamplerConfig(), shape=(batch, 16, 32, 32), total_frames=LATENT_FRAMES, seed=seed,
+        device=device,
     )  # fmt: skip
     latent = torch.cat([c.latent for c in chunks], dim=2)
     return [to_uint8(vae.decode(z[None].to(device))[0]) for z in latent]
@@ -97,10 +99,16 @@ def report(folder: Path, clips: int, device: str, seed: int) -> dict:
     return found
 
 
-def _report_generation(found: dict, folder: Path, vae: WanVAE, scenes: list[Scene], device: str, seed: int) -> None:
+def _report_generation(
+    found: dict, folder: Path, vae: WanVAE, scenes: list[Scene], device: str, seed: int
+) -> None:
     dtype = torch.bfloat16 if device != "cpu" else torch.float32
     dit = WanModel.from_state_dict(load_file(folder / "world_dit.safetensors")).to(device, dtype).eval()
-    text = WorldTextEncoder.from_state_dict(load_file(folder / "world_text.safetensors")).to(device, dtype).eval()
+    text = (
+        WorldTextEncoder.from_state_dict(load_file(folder / "world_text.safetensors"))
+        .to(device, dtype)
+        .eval()
+    )
     rows = text.encode([to_prompt(s) for s in scenes])
     for name, attention in MODES.items():
         videos: list[Tensor] = []
@@ -109,4 +117,6 @@ def _report_generation(found: dict, folder: Path, vae: WanVAE, scenes: list[Scen
         found[name] = verdicts(videos, scenes)
         log.info("%s %s", name, json.dumps(found[name]))
         sheet = torch.cat([v[torch.linspace(0, len(v) - 1, 6).long()] for v in videos[:16]])
-        contact_sheet(sheet.numpy(), count=len(sheet), columns=6, width=128).save(folder / f"sheet_{name}.png")
+        contact_sheet(sheet.numpy(), count=len(sheet), columns=6, width=128).save(
+            folder / f"sheet_{name}.png"
+        )

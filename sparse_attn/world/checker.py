@@ -1,8 +1,9 @@
 """Judge a clip from its pixels alone: which sprites, how they move, over what background.
 
-`observe` knows nothing of the prompt. `judge` compares what was observed with a scene. The steps: label each pixel with the nearest
-palette colour; follow each sprite colour's blob; name its shape by overlap with area-normalised templates, its size by area, its motion
-by its track; name the background by its mean colour and the energy of a few spatial frequencies.
+`observe` knows nothing of the prompt. `judge` compares what was observed with a scene. The steps: label each pixel with
+the nearest palette colour; follow each sprite colour's blob; name its shape by overlap with area-normalised templates,
+its size by area, its motion by its track; name the background by its mean colour and the energy of a few spatial
+frequencies.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def palette() -> Tensor:
 
 
 def label_pixels(video_FHWC: Tensor) -> Tensor:
-    """Index of the nearest palette colour, smoothed by a 3x3 majority of each sprite colour: [F, H, W] (-1: background)."""
+    """Index of the nearest palette colour, by a 3x3 majority of each sprite colour: [F, H, W] (-1: background)."""
     rgb = palette()
     offset = rgb.square().sum(1) / 2
     labels = []
@@ -96,7 +97,9 @@ def _observe_colour(mask_FHW: Tensor, name: str) -> SeenSprite | None:
     xs, ys = (torch.arange(n, dtype=torch.float32) for n in (mask_FHW.shape[2], mask_FHW.shape[1]))
     cx = (mask_FHW.sum(1) * xs).sum(1) / area.clamp(min=1)
     cy = (mask_FHW.sum(2) * ys).sum(1) / area.clamp(min=1)
-    border = mask_FHW[:, 0].any(1) | mask_FHW[:, -1].any(1) | mask_FHW[:, :, 0].any(1) | mask_FHW[:, :, -1].any(1)
+    border = (
+        mask_FHW[:, 0].any(1) | mask_FHW[:, -1].any(1) | mask_FHW[:, :, 0].any(1) | mask_FHW[:, :, -1].any(1)
+    )
     # Hidden behind another sprite the blob is smaller than usual: such frames say little about shape or place.
     whole = seen & ~border & (area > 0.8 * area[seen].quantile(0.8))
     if whole.sum() < 4:
@@ -105,7 +108,12 @@ def _observe_colour(mask_FHW: Tensor, name: str) -> SeenSprite | None:
     size = min(SIZES, key=lambda s: abs(math.log(SIZES[s] / radius)))
     late = seen[-max(1, len(seen) // 4) :]
     return SeenSprite(
-        name, shape, size, _name_motion(cx, cy, whole, seen), seen.float().mean().item(), late.float().mean().item()
+        name,
+        shape,
+        size,
+        _name_motion(cx, cy, whole, seen),
+        seen.float().mean().item(),
+        late.float().mean().item(),
     )
 
 
@@ -241,9 +249,12 @@ def judge(video_FHWC: Tensor, scene: Scene) -> Verdict:
 
 
 def summarise(verdicts: list[Verdict]) -> dict[str, float]:
-    """Rates over many clips: per sprite for colour, shape, size, motion, present; per clip for the background and extras."""
+    """Rates over clips: per sprite for colour, shape, size, motion, present; per clip for background and extras."""
     total = max(1, sum(v.sprites for v in verdicts))
-    rates = {k: sum(getattr(v, k) for v in verdicts) / total for k in ("colour", "shape", "size", "motion", "present")}
+    rates = {
+        k: sum(getattr(v, k) for v in verdicts) / total
+        for k in ("colour", "shape", "size", "motion", "present")
+    }
     clips = max(1, len(verdicts))
     rates["background"] = sum(v.background and v.texture for v in verdicts) / clips
     rates["extra"] = sum(v.extra for v in verdicts) / clips

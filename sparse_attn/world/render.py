@@ -1,7 +1,7 @@
 """The renderer: the world's ground truth, exact at any frame and any length.
 
-Everything is a closed-form function of (scene, frame), so a clip may start anywhere and be of any length. Sprites that move
-along a line live on a torus a little larger than the view: they leave on one side and come back on the other.
+Everything is a closed-form function of (scene, frame), so a clip may start anywhere and be of any length. Sprites that
+move along a line live on a torus a little larger than the view: they leave on one side and come back on the other.
 """
 
 from __future__ import annotations
@@ -12,9 +12,24 @@ import torch
 from torch import Tensor
 
 from .scene import (
-    BACKGROUNDS, BOUNCE_SPEED, COLOURS, MOTIONS, ORBIT_PERIOD, ORBIT_RADIUS, PAN_DISTANCE, PAN_REST, PAN_SWING,
-    SHAPES, SIZE_PX, SIZES, TEXTURE_PERIOD, TEXTURES, VELOCITY, Scene, Sprite,
-)  # fmt: skip
+    BACKGROUNDS,
+    BOUNCE_SPEED,
+    COLOURS,
+    MOTIONS,
+    ORBIT_PERIOD,
+    ORBIT_RADIUS,
+    PAN_DISTANCE,
+    PAN_REST,
+    PAN_SWING,
+    SHAPES,
+    SIZE_PX,
+    SIZES,
+    TEXTURE_PERIOD,
+    TEXTURES,
+    VELOCITY,
+    Scene,
+    Sprite,
+)
 
 MARGIN = 44.0  # how far outside the view the torus reaches: more than the largest sprite
 PAN_TORUS = 2 * (SIZE_PX + 2 * MARGIN)
@@ -95,20 +110,24 @@ def texture_value(texture: str, x: Tensor, y: Tensor) -> Tensor:
         "striped": lambda: torch.sin(k * x) + 0 * y,
         "banded": lambda: torch.sin(k * y) + 0 * x,
         "checkered": lambda: torch.sin(k * x) * torch.sin(k * y) * 1.6,
-        "dotted": lambda: (torch.cos(k * x) + torch.cos(k * y) - 0.7),
+        "dotted": lambda: torch.cos(k * x) + torch.cos(k * y) - 0.7,
         "diagonal": lambda: torch.sin(k * (x + y)),
     }[texture]()
     return 0.5 + 0.5 * torch.tanh(3.0 * wave)
 
 
-def render(scene: Scene, frames: int, start: int = 0, size: tuple[int, int] = (SIZE_PX, SIZE_PX), device="cpu") -> Tensor:
+def render(
+    scene: Scene, frames: int, start: int = 0, size: tuple[int, int] = (SIZE_PX, SIZE_PX), device="cpu"
+) -> Tensor:
     """Video [3, frames, height, width] float32 in [-1, 1]; `size` is (height, width), the view's top left stays put."""
     t = torch.arange(start, start + frames, dtype=torch.float32, device=device)
     rows = torch.arange(size[0], dtype=torch.float32, device=device)[None, :, None]
     cols = torch.arange(size[1], dtype=torch.float32, device=device)[None, None, :]
     world_x = cols + camera_offset(scene, t)[:, None, None]
     tone = texture_value(scene.texture, world_x + scene.phase_x, rows + scene.phase_y)
-    base = torch.tensor(BACKGROUNDS[scene.background], dtype=torch.float32, device=device)[:, None, None, None]
+    base = torch.tensor(BACKGROUNDS[scene.background], dtype=torch.float32, device=device)[
+        :, None, None, None
+    ]
     video = base * (DARK + (LIGHT - DARK) * tone)
     video = video.expand(3, frames, *size).clone()
     for sprite in scene.sprites:

@@ -1,8 +1,8 @@
 """What a scene is, how it is sampled, and how it reads as a prompt.
 
-A scene is a textured background and one to three sprites of different colours, each with a shape, a size and a motion. In a pan
-scene the sprites stand still while the camera swings away from them and back. Prompts are plain English from a closed vocabulary;
-`parse_prompt` is the inverse of `to_prompt` and accepts free word order around the same words.
+A scene is a textured background and one to three sprites of different colours, each with a shape, a size and a motion.
+In a pan scene the sprites stand still while the camera swings away from them and back. Prompts are plain English from a
+closed vocabulary; `parse_prompt` is the inverse of `to_prompt` and accepts other words around the same ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,13 @@ MOTIONS = {
     "still": "standing still",
 }
 # Pixels a frame along (x, y); y grows downwards. A diagonal goes right and down.
-VELOCITY = {"right": (2.0, 0.0), "left": (-2.0, 0.0), "up": (0.0, -2.0), "down": (0.0, 2.0), "diagonal": (1.5, 1.5)}
+VELOCITY = {
+    "right": (2.0, 0.0),
+    "left": (-2.0, 0.0),
+    "up": (0.0, -2.0),
+    "down": (0.0, 2.0),
+    "diagonal": (1.5, 1.5),
+}
 BOUNCE_SPEED = 3.0  # along each axis; in 5 s every bouncing sprite meets an edge
 ORBIT_RADIUS, ORBIT_PERIOD = 56.0, 96  # pixels, frames
 PAN_DISTANCE = 300.0  # more than the view: everything leaves it
@@ -58,7 +64,7 @@ TEXTURE_PERIOD = 64
 
 @dataclass(frozen=True)
 class Sprite:
-    """One sprite. x, y: centre at frame 0 in pixels; sx, sy: signs of a bouncing velocity; phase: of an orbit, radians."""
+    """One sprite. x, y: centre at frame 0, pixels; sx, sy: signs of a bouncing velocity; phase of an orbit, radians."""
 
     shape: str
     colour: str
@@ -73,7 +79,10 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole scene. pan: "", "left" or "right"; hold: frames the camera stays away; phase_x, phase_y: of the texture, pixels."""
+    """A whole scene.
+
+    pan: "", "left" or "right"; hold: frames the camera stays away; phase_x, phase_y: of the texture, pixels.
+    """
 
     sprites: tuple[Sprite, ...]
     background: str
@@ -114,7 +123,9 @@ def parse_prompt(prompt: str) -> Scene:
         elif word in COLOURS:
             state.colour = word
         elif word in SHAPES and state.colour:
-            state.sprites.append({"shape": word, "colour": state.colour, "size": state.size, "motion": "still"})
+            state.sprites.append(
+                {"shape": word, "colour": state.colour, "size": state.size, "motion": "still"}
+            )
             state.size, state.colour = "large", ""
         elif camera and word in ("left", "right"):
             pan = pan or word
@@ -164,7 +175,9 @@ def _draw(rng: random.Random) -> Scene:
         tries = [_draw_sprite(rng, colour, bool(pan)) for _ in range(1)]
         tries += [place(rng, tries[0]) for _ in range(7)]
         # Of eight starting places keep the one farthest from the sprites already there.
-        sprites.append(max(tries, key=lambda s: min((math.dist((s.x, s.y), (o.x, o.y)) for o in sprites), default=0)))
+        sprites.append(
+            max(tries, key=lambda s: min((math.dist((s.x, s.y), (o.x, o.y)) for o in sprites), default=0))
+        )
     return Scene(
         tuple(sprites),
         rng.choice(list(BACKGROUNDS)),

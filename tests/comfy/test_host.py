@@ -1,4 +1,4 @@
-"""The nodes against ComfyUI's own code: each check of `host_checks.py` is one test here, run in ComfyUI's process."""
+"""The nodes against ComfyUI's own code: each check in `host/` is one test here, run in ComfyUI's process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CHECKS = [
     node.name
-    for node in ast.parse((HERE / "host_checks.py").read_text(encoding="utf-8")).body
+    for path in sorted((HERE / "host").glob("checks_*.py"))
+    for node in ast.parse(path.read_text(encoding="utf-8")).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 WORLD_DIT = ROOT / "sparse_attn" / "world" / "weights" / "world_dit.safetensors"
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.comfy
 def results(host, tmp_path_factory) -> dict[str, str]:
     """Check -> "ok" or its traceback, from one process."""
     done = subprocess.run(
-        [host.python, str(HERE / "host_checks.py"), str(host.path), str(ROOT)],
+        [host.python, str(HERE / "host" / "run_checks.py"), str(host.path), str(ROOT)],
         env=host.environment(tmp_path_factory.mktemp("blocked")),
         capture_output=True,
         text=True,

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from sparse_forcing_pack.sparse_attn import video
-from sparse_forcing_pack.sparse_attn.video import Mp4Writer, contact_sheet, spread, to_uint8
+from sparse_forcing_pack.sparse_attn.pictures import contact_sheet, spread, to_uint8
+from sparse_forcing_pack.sparse_attn.video import Mp4Writer
 
 ROOT = Path(__file__).resolve().parents[2]
 

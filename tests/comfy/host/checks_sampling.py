@@ -1,0 +1,158 @@
+"""Sampling: dense mode is the host's autoregressive sampler, every mode is the pack's own without a host."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import torch
+from checks_common import (
+    SIGMAS,
+    add_lora,
+    apply,
+    close,
+    core_sampler,
+    noise,
+    our_sampler,
+    pack,
+    prompt,
+    sample,
+    tiny_model,
+    tiny_state_dict,
+)
+
+CHUNKS = (1, 3)
+
+
+def check_dense_equals_core_on_causal_and_plain_models():
+    causal, plain = tiny_model(), tiny_model(causal=False)
+    for chunk in CHUNKS:
+        x = noise(7)  # 3 + 3 + 1: the last chunk is short
+        want = sample(causal, core_sampler(chunk), x)
+        assert want.abs().max() > 0.1
+        for model in (apply(causal, mode="dense"), apply(plain, mode="dense"), causal, plain):
+            close(sample(model, our_sampler(chunk), x), want)
+
+
+def check_dense_equals_core_with_a_lora():
+    base = tiny_model()
+    model, x = add_lora(base), noise(6)
+    want = sample(model, core_sampler(3), x)
+    assert (want - sample(base, core_sampler(3), x)).abs().max() > 1e-3
+    close(sample(apply(model, mode="dense"), our_sampler(3), x), want)
+    close(sample(add_lora(apply(base, mode="dense")), our_sampler(3), x), want)
+
+
+def check_start_image_equals_core():
+    model = tiny_model()
+    first = noise(1)[:, :, :1].clone()
+    model.model_options["transformer_options"]["ar_config"] = {"initial_latent": first}
+    x = noise(7)
+    want = sample(model, core_sampler(3), x)
+    close(sample(apply(model, mode="dense"), our_sampler(3), x), want)
+    got = sample(apply(model, mode="sparse", topk=1.0, window_frames=6, block_tokens=16), our_sampler(3), x)
+    close(got[:, :, :4], want[:, :, :4], 1e-4)
+
+
+def check_idle_patch_is_bitwise_the_model():
+    for causal, sampler in ((True, core_sampler(3)), (False, comfy.samplers.ksampler("euler"))):
+        model, x = tiny_model(causal), noise(3)
+        assert torch.equal(sample(apply(model), sampler, x), sample(model, sampler, x))
+
+
+def check_model_is_left_as_it_was():
+    model, x = tiny_model(causal=False), noise(3)
+    euler = comfy.samplers.ksampler("euler")
+    want = sample(model, euler, x)
+    sample(model, our_sampler(3), x)
+    sample(apply(model), our_sampler(3), x)
+    assert torch.equal(sample(model, euler, x), want)
+
+
+def check_global_random_state_is_untouched():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    model = tiny_model()
+    torch.set_rng_state(before)
+    sample(apply(model), our_sampler(3), noise(3))
+    prompt(2)  # what `sample` itself draws last
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    prompt(2)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def rollout_without_host(x: torch.Tensor, chunk: int, cfg: float, **settings) -> torch.Tensor:
+    """The same video by the pack's own backbone: one state for the prompt, one for the negative prompt."""
+    wan, state, rollout = (pack(f"sparse_attn.{name}") for name in ("wan", "state", "rollout"))
+    config = pack("sparse_attn.config")
+    model = wan.WanModel.from_state_dict(tiny_state_dict())
+    batch, _, frames, height, width = x.shape
+    sides = []
+    for seed in (1, 2) if cfg != 1 else (1,):
+        memory = state.StreamState(
+            layers=2,
+            heads=2,
+            head_dim=128,
+            grid=(height // 2, width // 2),
+            chunk_frames=chunk,
+            attention=config.AttentionConfig(**settings),
+            batch=batch,
+            total_frames=frames,
+        )
+        sides.append((memory, model.cross_kv(prompt(seed)[0][0].expand(batch, -1, -1))))
+
+    class Both:
+        frame = property(lambda self: sides[0][0].frame)
+
+        def begin_chunk(self, n):
+            [memory.begin_chunk(n) for memory, _ in sides]
+
+        def end_chunk(self):
+            [memory.end_chunk() for memory, _ in sides]
+
+    def denoise(latent, sigma):
+        t = wan.frame_timesteps(sigma, batch, latent.shape[2], "cpu")
+        x0 = [latent - sigma * model(latent, t, kv, memory.attend, memory.t_start) for memory, kv in sides]
+        return x0[0] if cfg == 1 else x0[1] + cfg * (x0[0] - x0[1])
+
+    schedule = config.SamplerConfig(sigmas=tuple(SIGMAS[:-1].tolist()), chunk_frames=chunk)
+    with torch.inference_mode():
+        chunks = rollout.stream(denoise, Both(), schedule, noise=x, seed=3)
+        latent = torch.cat([chunk.latent for chunk in chunks], dim=2)
+    return tiny_model().model.process_latent_out(latent)
+
+
+MODES = {
+    "window": {"mode": "window", "window_frames": 6, "sink_frames": 1},
+    "window, rebased": {"mode": "window", "window_frames": 6, "sink_frames": 3, "positions": "rebased"},
+    "sparse": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3},
+    "sparse, rebased": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3, "positions": "rebased"},
+}
+
+
+def check_modes_equal_the_pack_without_a_host():
+    model, x = tiny_model(), noise(15)
+    dense = sample(model, our_sampler(3), x)
+    for name, settings in MODES.items():
+        got = sample(apply(model, **settings), our_sampler(3), x)
+        close(got, rollout_without_host(x, 3, 1.0, **settings), 1e-4)
+        assert (got - dense).abs().max() > 1e-3, f"{name} attended to everything"
+
+
+def check_cfg_keeps_two_caches():
+    model, x = tiny_model(), noise(9, batch=2)
+    settings = {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3}
+    got = sample(apply(model, **settings), our_sampler(3), x, cfg=3.0)
+    close(got, rollout_without_host(x, 3, 3.0, **settings), 1e-4)
+    assert (got - sample(apply(model, **settings), our_sampler(3), x)).abs().max() > 1e-3
+
+
+def check_attention_overrides_of_other_nodes_apply_to_dense():
+    model, calls = apply(tiny_model(), mode="window"), []
+
+    def override(function, *args, **kwargs):
+        calls.append(args[1].shape[1])
+        return function(*args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    sample(model, our_sampler(3), noise(6))
+    assert 6 * 4 * 6 in calls, sorted(set(calls))  # 6 frames of 4 x 6 tokens as keys of one call
