@@ -36,6 +36,9 @@ def main() -> None:
     pack = load_pack().__name__
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # suspected, not shown, of a NaN gradient in the first trial run
     overrides = {k: json.loads(v) for k, v in (item.split("=", 1) for item in args.set)}
     if args.minutes is not None:
         overrides["minutes"] = args.minutes
