@@ -156,7 +156,7 @@ def _name_shape(mask_FHW: Tensor, cx: Tensor, cy: Tensor, area: Tensor) -> tuple
 def _name_motion(cx: Tensor, cy: Tensor, whole: Tensor, seen: Tensor) -> str:
     """Motion from the track of a centroid; steps of four frames (one latent frame) keep pixel noise small."""
     step = 4
-    if _is_pan(cx, whole, seen, step):
+    if _is_pan(cx, cy, whole, seen):
         return "still"
     pair = whole[step:] & whole[:-step]
     v = torch.stack([cx[step:] - cx[:-step], cy[step:] - cy[:-step]], dim=1) / step
@@ -175,14 +175,16 @@ def _name_motion(cx: Tensor, cy: Tensor, whole: Tensor, seen: Tensor) -> str:
     return "orbit" if _turns(cx, cy, whole) else "bounce"
 
 
-def _is_pan(cx: Tensor, whole: Tensor, seen: Tensor, step: int) -> bool:
-    """A standing sprite under a camera pan: fast level motion, out of view, and back where it was."""
-    index = whole.nonzero().flatten()
-    gap = ~seen[index[0] : index[-1] + 1]
-    if not gap.any():
+def _is_pan(cx: Tensor, cy: Tensor, whole: Tensor, seen: Tensor) -> bool:
+    """A standing sprite under a camera pan: it leaves the view level, comes back on the side it left, and ends where it
+    began. (A sprite that moves level leaves on one side and comes back on the other.)"""
+    index, seen_at = whole.nonzero().flatten(), seen.nonzero().flatten()
+    gap = seen_at.diff() > 1
+    if not gap.any() or cy[index].max() - cy[index].min() > 8:
         return False
-    jump = (cx[step:] - cx[:-step])[whole[step:] & whole[:-step]].abs() / step
-    return len(jump) > 0 and jump.max() > 6 and abs(cx[index[0]] - cx[index[-1]]) < 40
+    before, after = seen_at[:-1][gap], seen_at[1:][gap]
+    same_side = (cx[before] - cx[after]).abs().max() < 80
+    return bool(same_side and abs(cx[index[0]] - cx[index[-1]]) < 40)
 
 
 def _turns(cx: Tensor, cy: Tensor, whole: Tensor) -> bool:
