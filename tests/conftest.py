@@ -30,6 +30,17 @@ def _load_root_as_package() -> None:
 _load_root_as_package()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The same, where the environment already says otherwise."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked gpu where there is none, and say so."""
     import torch

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import AttentionConfig, SamplerConfig
-from ..pictures import contact_sheet
+from ..pictures import contact_sheet, to_uint8
 from ..rollout import stream
 from ..state import StreamState
 from ..vae import WanVAE
@@ -40,9 +40,9 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     return list(scenes.values())
 
 
-def to_uint8(video_CFHW: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 [F, H, W, 3] on the CPU."""
-    return ((video_CFHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
+def as_seen(video_BCFHW: Tensor) -> Tensor:
+    """One video [1, 3, F, H, W] as the checker wants it: uint8 [F, H, W, 3] on the CPU."""
+    return torch.from_numpy(to_uint8(video_BCFHW))
 
 
 def verdicts(videos: list[Tensor], scenes: list[Scene]) -> dict[str, float]:
@@ -70,7 +70,7 @@ def generate(dit: WanModel, vae: WanVAE, rows: Tensor, attention: AttentionConfi
         device=device,
     )  # fmt: skip
     latent = torch.cat([c.latent for c in chunks], dim=2)
-    return [to_uint8(vae.decode(z[None].to(device))[0]) for z in latent]
+    return [as_seen(vae.decode(z[None].to(device))) for z in latent]
 
 
 @torch.no_grad()
@@ -86,8 +86,8 @@ def report(folder: Path, clips: int, device: str, seed: int) -> dict:
         video = render_batch([scene], 81, device)
         decoded = vae.decode(vae.encode(video))
         scores.append(psnr(decoded, video))
-        rendered.append(to_uint8(video[0]))
-        through.append(to_uint8(decoded[0]))
+        rendered.append(as_seen(video))
+        through.append(as_seen(decoded))
     found["vae_psnr"] = {"mean": sum(scores) / clips, "min": min(scores)}
     found["checker_on_renderer"] = verdicts(rendered, scenes)
     found["checker_through_vae"] = verdicts(through, scenes)

@@ -82,8 +82,7 @@ def shape_distance(shape: str, x: Tensor, y: Tensor, r: float) -> Tensor:
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - 0.84 * r
     if shape == "triangle":
-        slope = torch.tensor(0.5)
-        side = (x.abs() * 1.0 + (y + 0.95 * r) * -slope) / math.hypot(1.0, 0.5)
+        side = (x.abs() - 0.5 * (y + 0.95 * r)) / math.hypot(1.0, 0.5)
         return torch.maximum(side, y - 0.9 * r)
     if shape == "star":
         angle = torch.atan2(x, -y)
@@ -93,7 +92,7 @@ def shape_distance(shape: str, x: Tensor, y: Tensor, r: float) -> Tensor:
         tip, dent = 1.08 * r, 0.46 * r
         ex, ey = dent * math.cos(math.pi / 5) - tip, dent * math.sin(math.pi / 5)
         length = math.hypot(ex, ey)
-        return -((px - tip) * ey - py * ex) / length * -1.0
+        return ((px - tip) * ey - py * ex) / length
     if shape == "cross":
         arm, wide = 0.98 * r, 0.34 * r
         ax, ay = x.abs(), y.abs()

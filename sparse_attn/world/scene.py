@@ -172,7 +172,7 @@ def _draw(rng: random.Random) -> Scene:
     colours = rng.sample(list(COLOURS), count)
     sprites: list[Sprite] = []
     for colour in colours:
-        tries = [_draw_sprite(rng, colour, bool(pan)) for _ in range(1)]
+        tries = [_draw_sprite(rng, colour, bool(pan))]
         tries += [place(rng, tries[0]) for _ in range(7)]
         # Of eight starting places keep the one farthest from the sprites already there.
         sprites.append(

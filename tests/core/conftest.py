@@ -9,15 +9,6 @@ from sparse_forcing_pack.sparse_attn.state import StreamState
 CHANNELS = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Toy:
     """Latents [B, C, F, H, W], every pixel a token, through layers of rotary self-attention with residuals -> x0."""
 

@@ -1,17 +1,7 @@
 """The embedded weights, where the checkout has them."""
 
 import pytest
-import torch
 from sparse_forcing_pack.sparse_attn.world import model as world_model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
