@@ -40,6 +40,49 @@ def set_lr(optimizers, factor: float) -> None:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
 
+class BatchedMuon(torch.optim.Optimizer):
+    """torch.optim.Muon (Nesterov, adjust_lr_fn="match_rms_adamw") with matrices of one shape orthogonalised together.
+
+    Seventy small matrices one by one cost 49 ms of launches on an H100, half of a training step of the world model.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.01, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                grads = [p.grad for p in params]
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                history = [self.state[p]["momentum_buffer"] for p in params]
+                torch._foreach_lerp_(history, grads, 1 - group["momentum"])
+                updates = torch._foreach_lerp(grads, history, group["momentum"])
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * max(rows, columns) ** 0.5 * group["lr"]
+                torch._foreach_add_(
+                    params, list(orthogonalise(torch.stack(updates)).to(params[0])), alpha=-size
+                )
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """[n, rows, columns] -> bfloat16 with singular values near 1: five Newton-Schulz steps, Muon's coefficients."""
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
 def mixed_precision(device):
     """bfloat16 arithmetic on a GPU; a CPU stays in float32, where its bfloat16 convolutions would crawl."""
     kind = torch.device(device).type

@@ -4,9 +4,14 @@ Teacher forcing: a clip of chunks stands in the sequence twice, clean (timestep 
 clean chunks before it and itself, a clean chunk sees the clean ones up to itself, exactly what the cache holds at
 generation. The levels of noise are the four of the sampler, plus some in between.
 
-Then the model learns to live with its own output ("self" phase): the clean context and the inputs of later steps are
-replaced by the model's own estimates, made in parallel for all chunks. Because the world is deterministic once its
-first frames are seen, the renderer's next frames stay the right target, and no adversary or critic is needed.
+Three kinds of steps:
+
+first   the opening chunk alone, at all levels of noise: where sprites start is free, so four steps would end in the
+        mean of all layouts; sampled in many steps (`world.model.FIRST_SIGMAS`) a layout emerges.
+short   windows of a few chunks under true history.
+long    whole clips; with `own_share` under the model's own estimates of the history, made in parallel for all chunks,
+        and with inputs of later steps made from its own estimates. Because the world is deterministic once its first
+        frames are seen, the renderer's next frames stay the right target, and no adversary or critic is needed.
 """
 
 from __future__ import annotations
@@ -22,11 +27,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..state import sdpa
 from ..vae import WanVAE
 from ..wan import Block, WanModel
 from ..world.scene import to_prompt
 from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
 from .common import (
+    BatchedMuon,
     Budget,
     log,
     lr_factor,
@@ -45,7 +52,10 @@ CAUSAL_AR = {"config": '{"transformer": {"causal_ar": true}}'}
 
 @dataclass(frozen=True)
 class DitTraining:
-    """minutes: length of the run. self_from: progress at which the model starts to see its own output (full clips)."""
+    """minutes: length of the run. first_share: part of the steps that train the opening chunk. long_from: progress at
+    which windows become whole clips. own_share: part of the long steps that see the model's own output.
+    decay_from: progress at which the learning rate starts to fall, to zero at the end.
+    """
 
     minutes: float = 9.0
     seed: int = 0
@@ -53,28 +63,40 @@ class DitTraining:
     ffn_dim: int = 768
     heads: int = 2
     layers: int = 7
+    first_batch: int = 64
     batch: int = 16
     chunks: int = 4
     long_batch: int = 8
-    self_from: float = 0.62
-    bank_start: int = 768
+    first_share: float = 0.3
+    long_from: float = 0.75
+    own_share: float = 0.5
+    decay_from: float = 0.6
+    bank_start: int = 640
     bank_size: int = 6144
-    encode_every: int = 4
-    muon_lr: float = 4e-3
+    encode_every: int = 8
+    muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     drop_prompt: float = 0.04
     context_noise: float = 0.12
     ema: float = 0.998
     compile: bool = True
-    compile_encoder: bool = True
+    compile_encoder: bool = False  # eager: 25 ms a clip on an H100, so that compiling would pay late or never
     log_every: int = 100
 
 
 class LatentBank:
     """Clips of the world as latents on the device: filled by rendering and encoding, then renewed clip by clip."""
 
-    def __init__(self, vae: WanVAE, size: int, device: str, seed: int, compiled: bool):
-        self.vae, self.size, self.device, self.rng = vae, size, device, random.Random(seed)
+    def __init__(
+        self, vae: WanVAE, size: int, device: str, seed: int, compiled: bool = False, frames: int = FRAMES
+    ):
+        self.vae, self.size, self.device, self.rng, self.frames = (
+            vae,
+            size,
+            device,
+            random.Random(seed),
+            frames,
+        )
         self.encode = torch.compile(vae.encode_whole) if compiled else vae.encode_whole
         self.latents: list[Tensor] = []
         self.ids: list[Tensor] = []
@@ -84,7 +106,7 @@ class LatentBank:
     def add(self, count: int) -> None:
         scenes = training_scenes(self.rng, count)
         with mixed_precision(self.device):
-            latents = self.encode(render_batch(scenes, FRAMES, self.device))
+            latents = self.encode(render_batch(scenes, self.frames, self.device))
         if not latents.isfinite().all():
             raise FloatingPointError("the VAE's latents are not finite")
         for scene, latent in zip(scenes, latents.to(torch.bfloat16), strict=True):
@@ -100,7 +122,9 @@ class LatentBank:
         """Latents [B, 16, 3 * chunks, h, w] float32, word ids [B, n], and the first frame's index."""
         pick = [self.rng.randrange(len(self.latents)) for _ in range(count)]
         first = (
-            0 if self.rng.random() < 0.5 else CHUNK * self.rng.randint(0, FRAMES // 4 // CHUNK + 1 - chunks)
+            0
+            if self.rng.random() < 0.5
+            else CHUNK * self.rng.randint(0, self.frames // 4 // CHUNK + 1 - chunks)
         )
         latents = torch.stack([self.latents[i][:, first : first + CHUNK * chunks] for i in pick]).float()
         # A dropped prompt is one unknown word, as the empty prompt is when generating: a row without any word would be
@@ -133,6 +157,11 @@ def teacher_forcing_attention(chunks: int):
     return attend
 
 
+def whole_attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` of a chunk without history."""
+    return sdpa(q, k, v)
+
+
 class Trainee(nn.Module):
     """Backbone and text encoder, and the parallel forward over a whole clip."""
 
@@ -152,6 +181,10 @@ class Trainee(nn.Module):
         rope = torch.cat([cos, cos]), torch.cat([sin, sin])
         flow = self.dit(x, t, cross_kv, teacher_forcing_attention(frames // CHUNK), rope=rope)
         return flow[:, :, frames:]
+
+    def opening(self, noised: Tensor, sigma_B: Tensor, cross_kv) -> Tensor:
+        """Flow of opening chunks [B, 16, CHUNK, h, w] at noise levels [B]."""
+        return self.dit(noised, 1000 * sigma_B[:, None].expand(-1, CHUNK), cross_kv, whole_attention, 0)
 
 
 def per_frame(sigma_BK: Tensor) -> Tensor:
@@ -214,7 +247,7 @@ def optimizers(model: Trainee, cfg: DitTraining) -> list[torch.optim.Optimizer]:
     ids = {id(p) for p in inside}
     rest = [p for p in model.parameters() if id(p) not in ids]
     return [
-        torch.optim.Muon(inside, lr=cfg.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        BatchedMuon(inside, lr=cfg.muon_lr),
         torch.optim.AdamW(rest, lr=cfg.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -222,7 +255,7 @@ def optimizers(model: Trainee, cfg: DitTraining) -> list[torch.optim.Optimizer]:
 def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False) -> None:
     """Train with the VAE found in `folder`; writes world_dit and world_text there (the moving average of the weights).
 
-    `resume` starts from the weights already there, in the self phase.
+    `resume` starts from the weights already there, with whole clips, at half the learning rate.
     """
     torch.manual_seed(cfg.seed)
     random.seed(cfg.seed)
@@ -233,6 +266,7 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
         .requires_grad_(False)
     )
     bank = LatentBank(vae, cfg.bank_size, device, cfg.seed, cfg.compile_encoder)
+    openings = LatentBank(vae, 2 * cfg.bank_size, device, cfg.seed + 1, frames=1 + 4 * (CHUNK - 1))
     model = Trainee(cfg).to(device)
     if resume:
         load_weights(model, folder)
@@ -243,12 +277,20 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
     budget, shown = Budget(cfg.minutes), time.monotonic()
     while len(bank.latents) < cfg.bank_start and budget.progress < 0.5:
         bank.add(4)
+        openings.add(16)
     log.info("bank of %d clips after %.0f%% of the time", len(bank.latents), 100 * budget.progress)
     losses: list[Tensor] = []
+    first_losses: list[Tensor] = []
     while (progress := budget.progress) < 1:
-        own = resume or progress > cfg.self_from
-        set_lr(optims, lr_factor(step, progress) * (0.5 if resume else 1.0))
-        losses.append(train_step(model, bank, cfg, optims, own, device))
+        long = resume or progress > cfg.long_from
+        set_lr(optims, lr_factor(step, progress, decay_from=cfg.decay_from) * (0.5 if resume else 1.0))
+        if random.random() < cfg.first_share:
+            first_losses.append(opening_step(model, openings, cfg, device))
+            openings.add(4)
+        else:
+            own = long and random.random() < cfg.own_share
+            losses.append(clip_step(model, bank, cfg, long, own, device))
+        update(model, optims)
         blend = min(cfg.ema, (1 + step) / (10 + step))
         current = model.state_dict()
         torch._foreach_lerp_([average[k] for k in current], list(current.values()), 1 - blend)
@@ -259,20 +301,43 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
             raise FloatingPointError(f"the weights are not finite at step {step}: lower muon_lr or adam_lr")
         if step % cfg.log_every == 0:
             now = time.monotonic()
-            by_sigma = torch.stack(losses[-cfg.log_every :]).nanmean(0).tolist()
+            by_sigma, first = (
+                torch.stack(x).nanmean(0) if x else torch.zeros(4) for x in (losses, first_losses)
+            )
             log.info(
-                "dit step %d  %.0f%%  flow loss at %s: %s  bank %d  %.1f steps/s%s",
-                step, 100 * progress, [round(s, 2) for s in SIGMAS], [round(v, 4) for v in by_sigma],
-                len(bank.latents), cfg.log_every / (now - shown), "  (own context)" if own else "",
+                "dit step %d  %.0f%%  flow loss at %s: %s, opening %.4f  bank %d  %.1f steps/s%s",
+                step, 100 * progress, [round(s, 2) for s in SIGMAS], [round(v, 4) for v in by_sigma.tolist()],
+                first.mean().item(), len(bank.latents), cfg.log_every / (now - shown), "  (long)" if long else "",
             )  # fmt: skip
             shown = now
+            losses.clear()
+            first_losses.clear()
+            save_trainee(average, folder)  # a run that is cut short loses seconds
     save_trainee(average, folder)
     log.info("wrote the world model to %s after %d steps", folder, step)
 
 
-def train_step(model: Trainee, bank: LatentBank, cfg: DitTraining, optims, own: bool, device: str) -> Tensor:
-    """One update. Returns the mean flow loss per sampler step [4] (nan where none was drawn)."""
-    chunks, batch = (FRAMES // 4 // CHUNK + 1, cfg.long_batch) if own else (cfg.chunks, cfg.batch)
+def opening_step(model: Trainee, bank: LatentBank, cfg: DitTraining, device: str) -> Tensor:
+    """Gradients of opening chunks at all levels of noise (shift 5). Returns the mean flow loss."""
+    x0, ids, _ = bank.draw(cfg.first_batch, 1, cfg.drop_prompt)
+    u = torch.rand(cfg.first_batch, device=device)
+    sigma, noise = 5 * u / (1 + 4 * u), torch.randn_like(x0)
+    s = sigma.view(-1, 1, 1, 1, 1)
+    with mixed_precision(device):
+        flow = model.opening((1 - s) * x0 + s * noise, sigma, model.dit.cross_kv(model.text(ids)))
+    loss = (flow.float() - (noise - x0)).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def clip_step(
+    model: Trainee, bank: LatentBank, cfg: DitTraining, long: bool, own: bool, device: str
+) -> Tensor:
+    """Gradients of chunks under their history. Returns the mean flow loss per sampler step [4] (nan: none drawn).
+
+    A window's first chunk only serves as history: what comes out of nothing is trained by `opening_step`.
+    """
+    chunks, batch = (bank.frames // 4 // CHUNK + 1, cfg.long_batch) if long else (cfg.chunks, cfg.batch)
     x0, ids, first = bank.draw(batch, chunks, cfg.drop_prompt)
     sigma, step = draw_sigma(batch, chunks, device)
     with mixed_precision(device):
@@ -291,12 +356,17 @@ def train_step(model: Trainee, bank: LatentBank, cfg: DitTraining, optims, own: 
     # Exactly the flow that leads from the input to the truth; equal to noise - x0 where the source is the truth.
     target = (noised - x0) / s
     error = (flow.float() - target).square().mean(dim=(1, 3, 4)).unflatten(1, (chunks, CHUNK)).mean(2)
-    error.mean().backward()
+    error[:, 1:].mean().backward()
+    error, step = error.detach()[:, 1:], step[:, 1:]
+    return torch.stack([error[step == i].mean() for i in range(4)])
+
+
+def update(model: Trainee, optims) -> None:
+    """Apply the gradients, clipped."""
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optims:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return torch.stack([error.detach()[step == i].mean() for i in range(4)])
 
 
 def save_trainee(weights: dict[str, Tensor], folder: Path) -> None:
