@@ -12,7 +12,8 @@ from comfy_api.latest import io
 from safetensors.torch import load_file
 
 from ..sparse_attn.checkpoint import CAUSAL_AR, read_checkpoint, recognise_wan
-from ..sparse_attn.world.model import DIT_FILE, TEXT_FILE, VAE_FILE
+from ..sparse_attn.world.model import DIT_FILE, FIRST_STEPS, TEXT_FILE, VAE_FILE
+from . import session
 from .world_clip import world_clip
 
 FOLDER = "diffusion_models"
@@ -129,6 +130,7 @@ class SparseForcingWorldModel(io.ComfyNode):
                 f"The world model's weights are missing: {', '.join(missing)}. Reinstall the pack."
             )
         model = load_causal_model(str(DIT_FILE), True, {})
+        model.model_options["transformer_options"][session.FIRST_STEPS] = FIRST_STEPS
         return io.NodeOutput(model, world_clip(load_file(TEXT_FILE)), comfy.sd.VAE(sd=load_file(VAE_FILE)))
 
 

@@ -38,6 +38,18 @@ class SparseForcingSampler(io.ComfyNode):
                         "models (Self-Forcing, LongLive), 1 for frame-wise ones. One latent frame is 4 video frames."
                     ),
                 ),
+                io.Int.Input(
+                    "first_steps",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=100,
+                    advanced=True,
+                    tooltip=(
+                        "Denoising steps of the opening chunk, which decides where everything is. 0: what the loaded "
+                        "model asks for (Load World Model: 16), else as many as the other chunks."
+                    ),
+                ),
             ],
             outputs=[
                 io.Sampler.Output(
@@ -48,5 +60,5 @@ class SparseForcingSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, chunk_frames: int) -> io.NodeOutput:
-        return io.NodeOutput(StreamSampler(chunk_frames))
+    def execute(cls, chunk_frames: int, first_steps: int = 0) -> io.NodeOutput:
+        return io.NodeOutput(StreamSampler(chunk_frames, first_steps=first_steps))

@@ -20,6 +20,7 @@ from ..sparse_attn.state import StreamState
 RUN = "sparse_forcing"
 PASS = "sparse_forcing_pass"
 ATTENTION = "sparse_forcing_attention"
+FIRST_STEPS = "sparse_forcing_first_steps"  # what the loaded model wants for the opening chunk
 PATCH_TOKENS = 2  # latent values a token spans, in height and in width
 
 

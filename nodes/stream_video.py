@@ -15,7 +15,7 @@ from comfy_api.latest import InputImpl, io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..sparse_attn.config import AttentionConfig, check_size
+from ..sparse_attn.config import AttentionConfig, check_size, shifted_sigmas
 from ..sparse_attn.rollout import Chunk
 from ..sparse_attn.video import Mp4Writer
 from .checks import latent_frames_for, require_wan
@@ -26,7 +26,6 @@ from .vae_stream import LATENT_CHANNELS, StreamDecoder, require_wan_vae
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
-SHIFT = 5.0  # schedule warp that the Self-Forcing family is distilled with
 IN_MEMORY_BYTES = 1 << 30  # a longer video's latent is kept in a file of the temp folder
 
 
@@ -140,6 +139,18 @@ class SparseForcingStreamVideo(io.ComfyNode):
                     advanced=True,
                     tooltip="A schedule of your own, ending at 0. Replaces steps.",
                 ),
+                io.Int.Input(
+                    "first_steps",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=100,
+                    advanced=True,
+                    tooltip=(
+                        "Denoising steps of the opening chunk, which decides where everything is. 0: what the loaded "
+                        "model asks for (Load World Model: 16), else as many as the other chunks."
+                    ),
+                ),
             ],
             outputs=[
                 io.Video.Output(display_name="VIDEO", tooltip="The finished video, backed by the file."),
@@ -169,6 +180,7 @@ class SparseForcingStreamVideo(io.ComfyNode):
         filename_prefix: str,
         negative: list | None = None,
         sigmas: Tensor | None = None,
+        first_steps: int = 0,
     ) -> io.NodeOutput:
         check_size(width, height)
         require_wan(model)
@@ -184,7 +196,12 @@ class SparseForcingStreamVideo(io.ComfyNode):
         job = VideoStream(model, vae, (1, LATENT_CHANNELS, frames, height // 8, width // 8), chunk_frames)
         with Mp4Writer(os.path.join(folder, file), fps) as writer:
             latent = job.run(
-                writer, _guider(job.model, positive, negative, cfg), sigmas, steps, seed, cls.hidden.unique_id
+                writer,
+                _guider(job.model, positive, negative, cfg),
+                torch.tensor([*shifted_sigmas(steps), 0.0]) if sigmas is None else sigmas,
+                first_steps,
+                seed,
+                cls.hidden.unique_id,
             )
         saved = ui.SavedResult(file, subfolder, io.FolderType.output)
         return io.NodeOutput(
@@ -199,12 +216,6 @@ def _guider(model: Any, positive: list, negative: list | None, cfg: float) -> co
     )
     guider.set_cfg(cfg)
     return guider
-
-
-def default_sigmas(steps: int) -> Tensor:
-    """`steps` noise levels from 1 and a final 0 [steps + 1]: evenly spaced times under the shift-5 warp."""
-    times = torch.linspace(1.0, 0.0, steps + 1)
-    return SHIFT * times / (1 + (SHIFT - 1) * times)
 
 
 class VideoStream:
@@ -226,8 +237,8 @@ class VideoStream:
         self,
         writer: Mp4Writer,
         guider: comfy.samplers.CFGGuider,
-        sigmas: Tensor | None,
-        steps: int,
+        sigmas: Tensor,
+        first_steps: int,
         seed: int,
         node_id: str | None,
     ) -> Tensor:
@@ -240,13 +251,14 @@ class VideoStream:
             total_frames=frames,
             on_chunk=self._on_chunk,
             reserve_bytes=self.vae.memory_used_decode(chunk.shape, self.vae.vae_dtype),
+            first_steps=first_steps,
         )
         try:
             guider.sample(
                 chunk,
                 chunk,
                 sampler,
-                default_sigmas(steps) if sigmas is None else sigmas,
+                sigmas,
                 callback=lambda step, x0, x, total: self.progress.update_absolute(step + 1, total),
                 seed=seed,
             )

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import comfy.model_management
@@ -13,11 +14,11 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..sparse_attn.config import AttentionConfig, SamplerConfig, check_length
+from ..sparse_attn.config import AttentionConfig, SamplerConfig, check_length, shifted_sigmas
 from ..sparse_attn.rollout import Chunk, prefill, stream
 from .checks import check_latent
 from .hooks import patched_for_this_run
-from .session import ATTENTION, RUN, SamplingRun
+from .session import ATTENTION, FIRST_STEPS, RUN, SamplingRun
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
@@ -30,6 +31,7 @@ class StreamSampler(comfy.samplers.KSAMPLER):
     As an ordinary SAMPLER it fills the latent it is given, starting from the given noise. With `total_frames` it works
     from a latent of one chunk instead and generates that many latent frames, each chunk handed to `on_chunk` and
     dropped, so that no tensor grows with the video. `reserve_bytes` is extra device memory the caller will need.
+    `first_steps` > 0 gives the opening chunk, if nothing stands before it, that many steps of the shift-5 schedule.
     """
 
     def __init__(
@@ -38,10 +40,25 @@ class StreamSampler(comfy.samplers.KSAMPLER):
         total_frames: int | None = None,
         on_chunk: Callable[[Chunk], None] | None = None,
         reserve_bytes: int = 0,
+        first_steps: int = 0,
     ):
         super().__init__(sample_stream)
         self.chunk_frames, self.total_frames, self.on_chunk = chunk_frames, total_frames, on_chunk
-        self.reserve_bytes = reserve_bytes
+        self.reserve_bytes, self.first_steps = reserve_bytes, first_steps
+
+    def schedule(self, sigmas: Tensor, transformer_options: dict[str, Any]) -> SamplerConfig:
+        """The host's `sigmas` [steps + 1], and the opening chunk's: its own steps, else those the loader asks for.
+
+        Where the schedule starts below full noise, the opening chunk is not made out of nothing and has no own steps.
+        """
+        values = _schedule(sigmas)
+        steps = (self.first_steps or transformer_options.get(FIRST_STEPS, 0)) if values[0] == 1 else 0
+        first = (
+            tuple(torch.tensor(shifted_sigmas(steps)).tolist()) if steps else None
+        )  # float32, as the host's
+        config = SamplerConfig(values, self.chunk_frames, first)
+        config.validate()
+        return config
 
     def open_run(self, transformer_options: dict[str, Any], shape: tuple[int, ...]) -> SamplingRun:
         """Check the latent's shape [B, C, F, H, W] and make the run's memory; ValueError where it cannot work."""
@@ -97,8 +114,8 @@ def sample_stream(
 
     `report(step, x0, x, steps)` is the host's progress and preview callback, called once a pass.
     """
-    schedule = _schedule(sigmas)
     options = extra_args["model_options"]["transformer_options"]
+    schedule = sampler.schedule(sigmas, options)
     base = model.inner_model.inner_model
     s_in = x.new_ones([x.shape[0]])
     with _open(sampler, base.diffusion_model, extra_args["model_options"], tuple(x.shape)) as run:
@@ -160,7 +177,7 @@ def _start_frames(base: Any, options: dict[str, Any], x: Tensor) -> Tensor | Non
 def _chunks(
     denoise: Callable,
     run: SamplingRun,
-    schedule: tuple[float, ...],
+    schedule: SamplerConfig,
     x: Tensor,
     start: Tensor | None,
     seed: int,
@@ -168,21 +185,24 @@ def _chunks(
     report: Callable | None,
 ) -> Iterator[Chunk]:
     """The video's chunks, the given start first."""
-    given, passes = 0, len(schedule) + 1
+    given = 0
     if start is not None:
         given = start.shape[2]
         yield Chunk(-1, 0, start, 0.0)
     total = run.total_frames - given
-    steps = -(-total // sampler.chunk_frames) * passes - 1  # the last chunk needs no clean pass
+    steps = sum(
+        len(schedule.sigmas_after(given + done)) + 1 for done in range(0, total, schedule.chunk_frames)
+    )
+    passes = count()
 
-    def on_pass(chunk: int, index: int, _: int, x0: Tensor) -> None:
+    def on_pass(_chunk: int, _index: int, _passes: int, x0: Tensor) -> None:
         if report is not None:
-            report(chunk * passes + index, x0, x0, steps)
+            report(next(passes), x0, x0, steps - 1)  # the last chunk needs no clean pass
 
     yield from stream(
         denoise,
         run,
-        SamplerConfig(sigmas=schedule, chunk_frames=sampler.chunk_frames),
+        schedule,
         shape=(x.shape[0], x.shape[1], x.shape[3], x.shape[4]),
         total_frames=total,
         seed=seed,

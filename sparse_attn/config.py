@@ -91,20 +91,30 @@ class SamplerConfig:
 
     sigmas: tuple[float, ...] = (1.0, 0.9375, 0.8333333, 0.625)
     chunk_frames: int = 3
+    first_sigmas: tuple[float, ...] | None = None  # of a chunk without any history; None: as the others
 
     def validate(self) -> None:
         """Raise ValueError, naming the value and the remedy."""
         _at_least("chunk_frames", self.chunk_frames, 1)
-        if not self.sigmas:
-            raise ValueError("sigmas is empty: give at least one, for example (1.0,).")
-        outside = [sigma for sigma in self.sigmas if not 0 < sigma <= 1]
-        if outside:
+        _check_sigmas("sigmas", self.sigmas)
+        if self.first_sigmas is None:
+            return
+        _check_sigmas("first_sigmas", self.first_sigmas)
+        if self.first_sigmas[0] != self.sigmas[0]:
             raise ValueError(
-                f"sigma {outside[0]} lies outside (0, 1]: list the noise levels above 0, the final 0 is implied."
+                f"first_sigmas starts at {self.first_sigmas[0]}, but sigmas at {self.sigmas[0]}: all chunks start from "
+                "the same level of noise, so make the first numbers equal."
             )
-        for high, low in zip(self.sigmas, self.sigmas[1:]):
-            if low >= high:
-                raise ValueError(f"sigmas must fall, but {low} follows {high}: sort them from high to low.")
+
+    def sigmas_after(self, frames: int) -> tuple[float, ...]:
+        """The schedule of a chunk that has `frames` latent frames of history."""
+        return self.first_sigmas if self.first_sigmas and frames == 0 else self.sigmas
+
+
+def shifted_sigmas(steps: int, shift: float = 5.0) -> tuple[float, ...]:
+    """`steps` noise levels falling from 1: evenly spaced times under the warp of the Self-Forcing family."""
+    times = (1 - step / steps for step in range(steps))
+    return tuple(shift * t / (1 + (shift - 1) * t) for t in times)
 
 
 def pixel_frames(latent_frames: int) -> int:
@@ -131,6 +141,19 @@ def check_size(width: int, height: int) -> None:
         if side not in (below, above):
             near = " or ".join(str(n) for n in sorted({below, above}))
             raise ValueError(f"{name} {side} is not a multiple of {PIXELS_PER_TOKEN} pixels: use {near}.")
+
+
+def _check_sigmas(name: str, sigmas: tuple[float, ...]) -> None:
+    if not sigmas:
+        raise ValueError(f"{name} is empty: give at least one, for example (1.0,).")
+    outside = [sigma for sigma in sigmas if not 0 < sigma <= 1]
+    if outside:
+        raise ValueError(
+            f"sigma {outside[0]} lies outside (0, 1]: list the noise levels above 0, the final 0 is implied."
+        )
+    for high, low in zip(sigmas, sigmas[1:]):
+        if low >= high:
+            raise ValueError(f"{name} must fall, but {low} follows {high}: sort them from high to low.")
 
 
 def _one_of(name: str, value: str, choices: object) -> None:

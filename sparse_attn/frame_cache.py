@@ -60,6 +60,7 @@ class FrameCache:
         resident = sorted(self.slots + self.current)
         contiguous = resident == list(range(len(resident)))
         self._gather = None if contiguous else torch.tensor(resident, device=self.k.device)
+        self._open_at = [resident.index(slot) for slot in self.current]
         return len(self.slots) if self.rebased else frame
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -78,6 +79,11 @@ class FrameCache:
         else:
             k, v = (pool.index_select(1, self._gather) for pool in pools)
         return k.flatten(1, 2), v.flatten(1, 2)
+
+    def open_part(self, seen: Tensor) -> Tensor:
+        """The open chunk's tokens [B, N, H, D] of what `read` gives [B, M, H, D], or of its gradient."""
+        frames = seen.unflatten(1, (len(self.slots) + len(self.current), -1))
+        return frames[:, self._open_at].flatten(1, 2)
 
     def end_chunk(self, frame: int) -> None:
         """Keep the open chunk, which starts at latent frame `frame`."""

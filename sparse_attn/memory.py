@@ -112,6 +112,10 @@ class PagedKV:
         self.v_pages[layer][at] = v_blocks.to(self.v_pages.dtype)
         self.pooled[layer][at] = pool_pages(k_blocks, self.chunk_lens).float()
 
+    def open_part(self, layer: int, pages: Tensor) -> Tensor:
+        """The open chunk's blocks [G, NB, T, D] of a layer's pages, or of their gradient [G, S, T, D]."""
+        return pages[self._groups, self.current[layer]]
+
     def end_chunk(self, frame: int) -> None:
         """Keep the open chunk, which starts at latent frame `frame`; if the window is now full, update P.
 

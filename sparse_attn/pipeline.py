@@ -25,7 +25,7 @@ from .pictures import to_uint8
 from .rollout import stream
 from .state import StreamState
 from .wan import frame_timesteps
-from .world.model import WorldModel, load_world_model
+from .world.model import SAMPLER, WorldModel, load_world_model
 from .world.scene import SIZE_PX
 
 logger = logging.getLogger("sparse_forcing.pipeline")
@@ -46,7 +46,7 @@ class Request:
     height: int = SIZE_PX
     seed: int = 0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sampler: SamplerConfig = SAMPLER
 
     def validate(self) -> None:
         """Raise ValueError, naming the value and the remedy."""

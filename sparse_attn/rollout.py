@@ -82,8 +82,9 @@ def stream(
             return
         clean = clean_last or total is None or start + frames < total
         began, start_frame = time.perf_counter(), memory.frame
+        sigmas = sampler.sigmas_after(start_frame)
         memory.begin_chunk(frames)
-        latent = _denoise_chunk(denoise, sampler.sigmas, first_x(index, frames), seed, index, on_pass, clean)
+        latent = _denoise_chunk(denoise, sigmas, first_x(index, frames), seed, index, on_pass, clean)
         if clean:
             memory.end_chunk()
         _wait_for(latent)

@@ -8,6 +8,7 @@ behind: the next `begin_chunk` takes its place. So finished chunks survive an in
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import torch
@@ -27,6 +28,25 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full attention of q [B, N, H, D] over k and v [B, M, H, D] -> [B, N, H, D], by PyTorch."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class _OpenPart(torch.autograd.Function):
+    """What the memory holds, unchanged; the gradient of its open part flows to the tensor that was written there."""
+
+    @staticmethod
+    def forward(ctx, stored: Tensor, fresh: Tensor, open_part: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.open_part, ctx.dtype = open_part, fresh.dtype
+        return stored.data  # its own version counter: later layers and passes write to the same pool
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[None, Tensor, None]:
+        return None, ctx.open_part(grads[0]).to(ctx.dtype), None
+
+
+def _differentiable(stored: Tensor, fresh: Tensor, open_part: Callable[[Tensor], Tensor]) -> Tensor:
+    if not (torch.is_grad_enabled() and fresh.requires_grad):
+        return stored
+    return _OpenPart.apply(stored, fresh, open_part)
 
 
 class StreamState:
@@ -120,12 +140,13 @@ class StreamState:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention of the open chunk in one layer; also stores the chunk's keys and values.
 
-        Rotated q and k, and v, all [B, N, H, D] -> [B, N, H, D] in q's dtype. The memory is a constant to autograd.
+        Rotated q and k, and v, all [B, N, H, D] -> [B, N, H, D] in q's dtype. To autograd the finished chunks are
+        constants; gradients reach q and the open chunk's k and v. Go backward before the next pass writes its pages.
         """
         expected = (self.batch, self._open_frames * self.grid[0] * self.grid[1], self.heads, self.head_dim)
         if not self._open_frames or tuple(q.shape) != expected:
             raise ValueError(f"attend got q of shape {list(q.shape)}, the open chunk needs {list(expected)}.")
-        q_stored, k, v = q.to(self.dtype), k.detach(), v.detach()
+        q_stored = q.to(self.dtype)
         if isinstance(self.cache, PagedKV):
             out = self._attend_sparse(self.cache, layer, q_stored, k, v)
         else:
@@ -149,12 +170,13 @@ class StreamState:
         self._attended: set[int] = set()
 
     def _attend_dense(self, cache: FrameCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.write(layer, k, v)
-        return self.dense_attention(q, *cache.read(layer))
+        cache.write(layer, k.detach(), v.detach())
+        seen = zip(cache.read(layer), (k, v))
+        return self.dense_attention(q, *(_differentiable(x, fresh, cache.open_part) for x, fresh in seen))
 
     def _attend_sparse(self, cache: PagedKV, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.write(layer, cache.chunk.pack(k), cache.chunk.pack(v))
-        q_blocks = cache.chunk.pack(q)
+        q_blocks, k_blocks, v_blocks = (cache.chunk.pack(x) for x in (q, k, v))
+        cache.write(layer, k_blocks.detach(), v_blocks.detach())
         lists, cache.importance[layer] = choose_blocks(
             pool_pages(q_blocks.detach(), cache.chunk_lens).float(),
             cache.pooled[layer],
@@ -163,8 +185,13 @@ class StreamState:
             self.attention.topk,
             self.attention.backend,
         )
-        pages = cache.k_pages[layer], cache.v_pages[layer], cache.page_len[layer]
-        out, _ = pbsa_attention(q_blocks, *pages, lists, backend=self.attention.backend)
+        stored = zip((cache.k_pages[layer], cache.v_pages[layer]), (k_blocks, v_blocks))
+        k_pages, v_pages = (
+            _differentiable(pages, fresh, partial(cache.open_part, layer)) for pages, fresh in stored
+        )
+        out, _ = pbsa_attention(
+            q_blocks, k_pages, v_pages, cache.page_len[layer], lists, backend=self.attention.backend
+        )
         return cache.chunk.unpack(out, self.batch)
 
     @property

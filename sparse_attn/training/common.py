@@ -89,9 +89,16 @@ def mixed_precision(device):
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
-def training_scenes(rng: random.Random, count: int) -> list[Scene]:
-    """Scenes whose prompts are not held out."""
-    return [sample_scene(rng, held_out=False) for _ in range(count)]
+def training_scenes(rng: random.Random, count: int, pans: float = 0.0) -> list[Scene]:
+    """Scenes whose prompts are not held out; a share `pans` of them is drawn from those with a camera pan."""
+    scenes = []
+    for _ in range(count):
+        wanted = rng.random() < pans
+        scene = sample_scene(rng, held_out=False)
+        while wanted and not scene.pan:
+            scene = sample_scene(rng, held_out=False)
+        scenes.append(scene)
+    return scenes
 
 
 def render_batch(scenes: list[Scene], frames: int, device, starts: list[int] | None = None) -> Tensor:

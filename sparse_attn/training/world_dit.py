@@ -4,14 +4,18 @@ Teacher forcing: a clip of chunks stands in the sequence twice, clean (timestep 
 clean chunks before it and itself, a clean chunk sees the clean ones up to itself, exactly what the cache holds at
 generation. The levels of noise are the four of the sampler, plus some in between.
 
-Three kinds of steps:
+Four kinds of steps:
 
 first   the opening chunk alone, at all levels of noise: where sprites start is free, so four steps would end in the
-        mean of all layouts; sampled in many steps (`world.model.FIRST_SIGMAS`) a layout emerges.
+        mean of all layouts; sampled in `world.model.FIRST_STEPS` a layout emerges.
 short   windows of a few chunks under true history.
-long    whole clips; with `own_share` under the model's own estimates of the history, made in parallel for all chunks,
-        and with inputs of later steps made from its own estimates. Because the world is deterministic once its first
-        frames are seen, the renderer's next frames stay the right target, and no adversary or critic is needed.
+stream  whole clips chunk by chunk on the real memory, as at generation: sparse attention, persistent pages, the model's
+        own chunks in the memory. Finished chunks are constants to autograd.
+long    whole clips at once, dense; with `own_share` under the model's own estimates of the history, made in parallel
+        for all chunks, and with inputs of later steps made from its own estimates.
+
+Because the world is deterministic once its first frames are seen, the renderer's next frames stay the right target also
+after the model's own mistakes, and no adversary or critic is needed.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..state import sdpa
+from ..config import AttentionConfig, Positions
+from ..state import StreamState, sdpa
 from ..vae import WanVAE
-from ..wan import Block, WanModel
+from ..wan import Attend, Block, WanModel
 from ..world.scene import to_prompt
 from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
 from .common import (
@@ -52,9 +57,11 @@ CAUSAL_AR = {"config": '{"transformer": {"causal_ar": true}}'}
 
 @dataclass(frozen=True)
 class DitTraining:
-    """minutes: length of the run. first_share: part of the steps that train the opening chunk. long_from: progress at
-    which windows become whole clips. own_share: part of the long steps that see the model's own output.
-    decay_from: progress at which the learning rate starts to fall, to zero at the end.
+    """Shares are parts of the steps; progress goes from 0 to 1.
+
+    minutes: length of the run. first_share: openings. long_from: progress at which windows become whole clips.
+    stream_share: of the whole clips and openings, those on the sparse memory at `topk`. own_share: of the other whole
+    clips, those that see the model's own output. decay_from: progress at which the learning rate starts to fall.
     """
 
     minutes: float = 9.0
@@ -70,6 +77,9 @@ class DitTraining:
     first_share: float = 0.3
     long_from: float = 0.75
     own_share: float = 0.5
+    stream_share: float = 0.5
+    stream_batch: int = 16
+    topk: float = 0.25
     decay_from: float = 0.6
     bank_start: int = 640
     bank_size: int = 6144
@@ -182,9 +192,9 @@ class Trainee(nn.Module):
         flow = self.dit(x, t, cross_kv, teacher_forcing_attention(frames // CHUNK), rope=rope)
         return flow[:, :, frames:]
 
-    def opening(self, noised: Tensor, sigma_B: Tensor, cross_kv) -> Tensor:
+    def opening(self, noised: Tensor, sigma_B: Tensor, cross_kv, attend: Attend = whole_attention) -> Tensor:
         """Flow of opening chunks [B, 16, CHUNK, h, w] at noise levels [B]."""
-        return self.dit(noised, 1000 * sigma_B[:, None].expand(-1, CHUNK), cross_kv, whole_attention, 0)
+        return self.dit(noised, 1000 * sigma_B[:, None].expand(-1, CHUNK), cross_kv, attend)
 
 
 def per_frame(sigma_BK: Tensor) -> Tensor:
@@ -231,12 +241,19 @@ def self_inputs(model: Trainee, x0: Tensor, step: Tensor, first: int, cross_kv) 
 
 
 def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
-    """Compile one block's code for all blocks: the layer number, of no use here, would make a graph for each."""
+    """Compile one block's code for all blocks: the layer number, of no use here, would make a graph for each.
+
+    A memory's own `attend`, which reads lists and changes pages, stays as it is.
+    """
     run = torch.compile(lambda block, *args: Block.forward(block, *args), dynamic=False, backend=backend)
+
+    def forward(block, x, e0, rope, kv, layer, attend):
+        if isinstance(getattr(attend, "__self__", None), StreamState):
+            return Block.forward(block, x, e0, rope, kv, layer, attend)
+        return run(block, x, e0, rope, kv, 0, attend)
+
     for block in dit.blocks:
-        block.forward = lambda x, e0, rope, kv, _layer, attend, block=block: run(
-            block, x, e0, rope, kv, 0, attend
-        )
+        block.forward = functools.partial(forward, block)
 
 
 def optimizers(model: Trainee, cfg: DitTraining) -> list[torch.optim.Optimizer]:
@@ -255,7 +272,7 @@ def optimizers(model: Trainee, cfg: DitTraining) -> list[torch.optim.Optimizer]:
 def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False) -> None:
     """Train with the VAE found in `folder`; writes world_dit and world_text there (the moving average of the weights).
 
-    `resume` starts from the weights already there, with whole clips, at half the learning rate.
+    `resume` starts from the weights already there, with whole clips.
     """
     torch.manual_seed(cfg.seed)
     random.seed(cfg.seed)
@@ -283,13 +300,17 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
     first_losses: list[Tensor] = []
     while (progress := budget.progress) < 1:
         long = resume or progress > cfg.long_from
-        set_lr(optims, lr_factor(step, progress, decay_from=cfg.decay_from) * (0.5 if resume else 1.0))
+        set_lr(optims, lr_factor(step, progress, decay_from=cfg.decay_from))
         if random.random() < cfg.first_share:
             first_losses.append(opening_step(model, openings, cfg, device))
-            openings.add(4)
+            if len(first_losses) % 4 == 0:
+                openings.add(16)
         else:
-            own = long and random.random() < cfg.own_share
-            losses.append(clip_step(model, bank, cfg, long, own, device))
+            if long and random.random() < cfg.stream_share:
+                losses.append(stream_step(model, bank, cfg, device))
+            else:
+                own = long and random.random() < cfg.own_share
+                losses.append(clip_step(model, bank, cfg, long, own, device))
         update(model, optims)
         blend = min(cfg.ema, (1 + step) / (10 + step))
         current = model.state_dict()
@@ -317,14 +338,30 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
     log.info("wrote the world model to %s after %d steps", folder, step)
 
 
+def sparse_memory(model: Trainee, clip: Tensor, cfg: DitTraining) -> StreamState:
+    """An empty sparse memory for a batch like `clip` [B, 16, F, h, w]; half of them count positions the rebased way."""
+    positions: Positions = random.choice(("absolute", "rebased"))
+    return StreamState(
+        layers=model.dit.num_layers, heads=model.dit.num_heads, head_dim=model.dit.head_dim,
+        grid=(clip.shape[3] // 2, clip.shape[4] // 2), chunk_frames=CHUNK, batch=len(clip),
+        attention=AttentionConfig(topk=cfg.topk, positions=positions), device=clip.device,
+        dtype=torch.bfloat16 if clip.is_cuda else torch.float32,
+    )  # fmt: skip
+
+
 def opening_step(model: Trainee, bank: LatentBank, cfg: DitTraining, device: str) -> Tensor:
-    """Gradients of opening chunks at all levels of noise (shift 5). Returns the mean flow loss."""
+    """Gradients of opening chunks at all levels of noise (shift 5), some under sparse attention. Returns the loss."""
     x0, ids, _ = bank.draw(cfg.first_batch, 1, cfg.drop_prompt)
     u = torch.rand(cfg.first_batch, device=device)
     sigma, noise = 5 * u / (1 + 4 * u), torch.randn_like(x0)
     s = sigma.view(-1, 1, 1, 1, 1)
+    attend = whole_attention
+    if random.random() < cfg.stream_share:
+        memory = sparse_memory(model, x0, cfg)
+        memory.begin_chunk(CHUNK)
+        attend = memory.attend
     with mixed_precision(device):
-        flow = model.opening((1 - s) * x0 + s * noise, sigma, model.dit.cross_kv(model.text(ids)))
+        flow = model.opening((1 - s) * x0 + s * noise, sigma, model.dit.cross_kv(model.text(ids)), attend)
     loss = (flow.float() - (noise - x0)).square().mean()
     loss.backward()
     return loss.detach()
@@ -359,6 +396,64 @@ def clip_step(
     error[:, 1:].mean().backward()
     error, step = error.detach()[:, 1:], step[:, 1:]
     return torch.stack([error[step == i].mean() for i in range(4)])
+
+
+def stream_step(model: Trainee, bank: LatentBank, cfg: DitTraining, device: str) -> Tensor:
+    """Gradients of whole clips on the sparse memory. Returns the mean flow loss per sampler step [4], opening left out.
+
+    For about half of the clips a chunk's input is made from the model's estimate of the step before, and for most
+    clips the memory is given the model's own chunks. The opening chunk and its memory stay the truth's: an estimate may
+    show another layout.
+    """
+    chunks, batch = bank.frames // 4 // CHUNK + 1, cfg.stream_batch
+    clip, ids, _ = bank.draw(batch, chunks, cfg.drop_prompt)
+    memory = sparse_memory(model, clip, cfg)
+    with mixed_precision(device):
+        cross_kv = model.dit.cross_kv(model.text(ids))
+    # A chunk's backward ends at the prompt's keys and values; theirs follows once, after the last chunk.
+    leaves = [tuple(t.detach().requires_grad_() for t in kv) for kv in cross_kv]
+    truthful = torch.rand(batch, 1, device=device) < 0.3
+
+    def flow(x: Tensor, sigma: Tensor) -> Tensor:
+        with mixed_precision(device):
+            t = 1000 * sigma.expand(batch, CHUNK)
+            return model.dit(x, t, leaves, memory.attend, memory.t_start).float()
+
+    def estimate(x0: Tensor, sigma: Tensor) -> Tensor:
+        s = per_frame(sigma)
+        noised = (1 - s) * x0 + s * torch.randn_like(x0)
+        return noised - s * flow(noised, sigma)
+
+    errors, steps = [], []
+    for index, x0 in enumerate(clip.split(CHUNK, dim=2)):
+        memory.begin_chunk(CHUNK)
+        sigma, step = draw_sigma(batch, 1, device)
+        source = x0
+        if index == 0:
+            u = torch.rand_like(sigma)
+            sigma = 5 * u / (1 + 4 * u)
+        else:
+            before = torch.tensor((1.0, *SIGMAS), device=device)[step.clamp(min=0)]
+            truth = (step <= 0) | (torch.rand_like(sigma) < 0.5)
+            with torch.no_grad():
+                source = torch.where(per_frame(truth), x0, estimate(x0, before))
+        s = per_frame(sigma)
+        noised = (1 - s) * source + s * torch.randn_like(x0)
+        out = flow(noised, sigma)
+        error = (out - (noised - x0) / s).square().mean(dim=(1, 2, 3, 4))
+        (error.mean() / chunks).backward()
+        with torch.no_grad():
+            own = noised - s * out
+            context = x0 if index == 0 else torch.where(per_frame(truthful), x0, own)
+            level = cfg.context_noise * torch.rand(batch, 1, 1, 1, 1, device=device)
+            flow(context + level * torch.randn_like(x0), torch.zeros_like(sigma))
+        memory.end_chunk()
+        if index > 0:
+            errors.append(error.detach())
+            steps.append(step[:, 0])
+    torch.autograd.backward([t for kv in cross_kv for t in kv], [t.grad for kv in leaves for t in kv])
+    all_errors, all_steps = torch.cat(errors), torch.cat(steps)
+    return torch.stack([all_errors[all_steps == i].mean() for i in range(4)])
 
 
 def update(model: Trainee, optims) -> None:

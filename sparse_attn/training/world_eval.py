@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import AttentionConfig, SamplerConfig
+from ..config import AttentionConfig
 from ..pictures import contact_sheet, to_uint8
 from ..rollout import stream
 from ..state import StreamState
 from ..vae import WanVAE
 from ..wan import WanModel, frame_timesteps
 from ..world.checker import judge, summarise
+from ..world.model import SAMPLER
 from ..world.scene import Scene, sample_scene, to_prompt
 from ..world.text import WorldTextEncoder
 from .common import log, psnr, render_batch
@@ -66,7 +67,7 @@ def generate(dit: WanModel, vae: WanVAE, rows: Tensor, attention: AttentionConfi
         return x.float() - sigma * dit(x, t, cross_kv, memory.attend, memory.t_start).float()
 
     chunks = stream(
-        denoise, memory, SamplerConfig(), shape=(batch, 16, 32, 32), total_frames=LATENT_FRAMES, seed=seed,
+        denoise, memory, SAMPLER, shape=(batch, 16, 32, 32), total_frames=LATENT_FRAMES, seed=seed,
         device=device,
     )  # fmt: skip
     latent = torch.cat([c.latent for c in chunks], dim=2)

@@ -33,7 +33,10 @@ from .common import (
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """minutes: length of the run; batch: clips of `frames` (1 + 4n) video frames; latent_noise: largest deviation."""
+    """minutes: length of the run; batch: clips of `frames` (1 + 4n) video frames; latent_noise: largest deviation.
+
+    pans: share of the clips that are chosen for a camera pan, whose motion is the fastest of the world.
+    """
 
     minutes: float = 5.0
     seed: int = 0
@@ -42,6 +45,7 @@ class VaeTraining:
     frames: int = 17  # a last run wants 81: a decoder that never saw a long past fails beyond what it saw
     lr: float = 2e-3
     latent_noise: float = 0.2
+    pans: float = 0.0
     spread_weight: float = 0.02
     compile: bool = True
     log_every: int = 50
@@ -120,7 +124,7 @@ def train_vae(cfg: VaeTraining, out: Path, device: str, resume: bool = False) ->
     while (progress := budget.progress) < 1:
         set_lr([optimizer], lr_factor(step, progress, decay_from=0.4))
         starts = [rng.randrange(0, 64) for _ in range(cfg.batch)]
-        video = render_batch(training_scenes(rng, cfg.batch), cfg.frames, device, starts)
+        video = render_batch(training_scenes(rng, cfg.batch, cfg.pans), cfg.frames, device, starts)
         video = video.contiguous(memory_format=torch.channels_last_3d)
         level = cfg.latent_noise * torch.rand(cfg.batch, 1, 1, 1, 1, device=device)
         with mixed_precision(device):

@@ -8,12 +8,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ..config import SamplerConfig, shifted_sigmas
 from ..vae import WanVAE
 from ..wan import WanModel
 from .text import WorldTextEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 DIT_FILE, VAE_FILE, TEXT_FILE = (WEIGHTS / f"world_{part}.safetensors" for part in ("dit", "vae", "text"))
+
+# The opening chunk decides where everything is, out of nothing; four steps would end in the mean of all layouts.
+FIRST_STEPS = 16
+SAMPLER = SamplerConfig(first_sigmas=shifted_sigmas(FIRST_STEPS))
 
 
 @dataclass

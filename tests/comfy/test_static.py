@@ -32,7 +32,7 @@ FROZEN = {
         ],
         "outputs": ["MODEL"],
     },
-    "SparseForcingSampler": {"inputs": ["chunk_frames"], "outputs": ["SAMPLER"]},
+    "SparseForcingSampler": {"inputs": ["chunk_frames", "first_steps"], "outputs": ["SAMPLER"]},
     "SparseForcingStreamVideo": {
         "inputs": [
             "model",
@@ -49,6 +49,7 @@ FROZEN = {
             "filename_prefix",
             "negative",
             "sigmas",
+            "first_steps",
         ],
         "outputs": ["VIDEO", "LATENT"],
     },

@@ -7,6 +7,7 @@ from sparse_forcing_pack.sparse_attn.config import (
     check_length,
     check_size,
     pixel_frames,
+    shifted_sigmas,
 )
 
 
@@ -65,12 +66,20 @@ def test_settings_of_other_modes_are_not_looked_at():
         ({"sigmas": (0.5, 0.9)}, "sigmas must fall, but 0.9 follows 0.5"),
         ({"sigmas": (1.2, 0.9)}, "sigma 1.2 lies outside"),
         ({"sigmas": (1.0, 0.5, 0.0)}, "sigma 0.0 lies outside .* the final 0 is implied"),
+        ({"first_sigmas": ()}, "first_sigmas is empty"),
+        ({"first_sigmas": (1.0, 0.2, 0.4)}, "first_sigmas must fall, but 0.4 follows 0.2"),
+        ({"first_sigmas": (0.9, 0.4)}, "first_sigmas starts at 0.9, but sigmas at 1.0"),
         ({"chunk_frames": 0}, "chunk_frames 0 must be a whole number, 1 or more"),
     ],
 )
 def test_sampler_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**settings).validate()
+
+
+def test_four_shifted_steps_are_the_familys_schedule():
+    assert shifted_sigmas(4) == pytest.approx(SamplerConfig().sigmas, abs=1e-7)
+    assert shifted_sigmas(3, shift=1.0) == pytest.approx((1.0, 2 / 3, 1 / 3))
 
 
 def test_lengths():

@@ -100,6 +100,20 @@ def test_a_lower_first_sigma_scales_the_first_noise():
     assert torch.equal(model.inputs[0], 0.5 * host_noise((1, 4, 3, 5, 7), 1 + 999))
 
 
+def test_a_chunk_without_history_has_its_own_schedule():
+    sampler = SamplerConfig(sigmas=(1.0, 0.5), first_sigmas=(1.0, 0.8, 0.2))
+    model, seen = Recorder(), []
+    list(
+        stream(model, model, sampler, shape=SHAPE, total_frames=6, on_pass=lambda *event: seen.append(event))
+    )
+    assert model.events == ["begin 3", 1.0, 0.8, 0.2, 0.0, "end", "begin 3", 1.0, 0.5, 0.0, "end"]
+    assert [event[:3] for event in seen] == [(0, i, 4) for i in range(4)] + [(1, i, 3) for i in range(3)]
+    later = Recorder()
+    prefill(later, later, torch.zeros(1, 4, 3, 5, 7), 3)
+    list(stream(later, later, sampler, shape=SHAPE, total_frames=3))
+    assert later.events[3:] == ["begin 3", 1.0, 0.5, 0.0, "end"]
+
+
 def test_the_global_generator_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)

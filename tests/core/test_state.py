@@ -8,6 +8,7 @@ import torch
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.geometry import BlockGeometry
 from sparse_forcing_pack.sparse_attn.router import kept_blocks
+from sparse_forcing_pack.sparse_attn.state import sdpa
 
 DENSE = AttentionConfig(mode="dense")
 
@@ -284,16 +285,34 @@ def test_half_precision_memory_keeps_the_type_of_queries(make_toy, make_video):
             torch.testing.assert_close(half, exact, atol=0.1, rtol=0.1)
 
 
-def test_gradients_reach_queries_and_stop_at_the_memory(make_toy):
-    for attention in MODES:
-        state = make_toy((2, 2), layers=1).state(attention, 3, total_frames=3)
+EVERYTHING = [
+    AttentionConfig(mode="dense"),
+    AttentionConfig(mode="window", window_frames=9, sink_frames=0),
+    AttentionConfig(block_tokens=16, topk=1.0, window_frames=6, persistent_frames=6),
+]
+
+
+@pytest.mark.parametrize("attention", EVERYTHING, ids=[attention.mode for attention in EVERYTHING])
+def test_gradients_reach_the_open_chunk_and_stop_at_the_memory(make_toy, attention):
+    """Where everything is read, gradients are those of plain attention over constants and the open chunk."""
+    torch.manual_seed(0)
+    state = make_toy((2, 5), layers=2).state(attention, 3, total_frames=9)
+    chunks = [torch.randn(2, 3, 1, 30, 2, 16, requires_grad=True) for _ in range(3)]  # layers, (q, k, v)
+    for index, chunk in enumerate(chunks):
         state.begin_chunk(3)
-        q, k, v = (torch.randn(1, 12, 2, 16, requires_grad=True) for _ in range(3))
-        state.attend(0, q, k, v).sum().backward()
-        assert q.grad is not None
-        assert k.grad is None
-        assert v.grad is None
+        outs = [state.attend(layer, *chunk[layer]) for layer in range(2)]
+        weights = [torch.randn_like(out) for out in outs]
+        sum((out * w).sum() for out, w in zip(outs, weights)).backward()
+        state.attend(0, *chunk[0].detach())  # the clean pass may overwrite the pages then
         state.end_chunk()
+        plain = [x.detach().clone().requires_grad_(x is chunk) for x in chunks[: index + 1]]
+        want = 0
+        for layer in range(2):
+            k, v = (torch.cat([x[layer, i] for x in plain], dim=1) for i in (1, 2))
+            want = want + (sdpa(plain[-1][layer, 0], k, v) * weights[layer]).sum()
+        want.backward()
+        torch.testing.assert_close(chunk.grad, plain[-1].grad, atol=1e-5, rtol=1e-4)
+    assert all(chunk.grad is not None for chunk in chunks)
 
 
 @pytest.mark.parametrize("attention", MODES, ids=NAMES)

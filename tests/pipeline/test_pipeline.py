@@ -25,8 +25,8 @@ def test_chunks_add_up_to_the_video(pipeline, mode):
     assert [chunk.frames.shape for chunk in chunks] == [(n, 48, 64, 3) for n in (9, 12, 12)]
     assert sum(len(chunk.frames) for chunk in chunks) == request.video_frames == 33
     assert all(chunk.frames.dtype == np.uint8 and chunk.seconds > 0 and chunk.fps > 0 for chunk in chunks)
-    # Four denoising passes and a clean one; nothing follows the last chunk, so it has no clean pass.
-    assert passes == [(c, p, n) for c, n in ((0, 5), (1, 5), (2, 4)) for p in range(n)]
+    # Four denoising passes, sixteen in the opening chunk, and a clean one, but none where nothing follows.
+    assert passes == [(c, p, n) for c, n in ((0, 17), (1, 5), (2, 4)) for p in range(n)]
 
 
 def test_same_seed_same_video(pipeline):

@@ -1,9 +1,20 @@
 """The world model's training: its own optimiser against torch's, and the teacher-forcing attention against a mask."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 import torch.nn.functional as F
+from sparse_forcing_pack.sparse_attn.training import world_dit
 from sparse_forcing_pack.sparse_attn.training.common import BatchedMuon
-from sparse_forcing_pack.sparse_attn.training.world_dit import teacher_forcing_attention
+from sparse_forcing_pack.sparse_attn.training.world_dit import (
+    DitTraining,
+    Trainee,
+    clip_step,
+    opening_step,
+    stream_step,
+    teacher_forcing_attention,
+)
 
 
 def test_batched_muon_is_torchs_muon():
@@ -36,3 +47,37 @@ def test_teacher_forcing_attention_is_the_masked_attention():
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=sees_past | own
     ).transpose(1, 2)
     torch.testing.assert_close(teacher_forcing_attention(chunks)(0, q, k, v), want)
+
+
+@pytest.mark.parametrize("step", ["opening", "window", "whole clip", "own context", "stream"])
+def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
+    torch.manual_seed(0)
+    cfg = DitTraining(
+        dim=128, ffn_dim=128, heads=1, layers=2, first_batch=3, batch=2, long_batch=2, stream_batch=2
+    )
+    model = Trainee(cfg)
+    torch.nn.init.normal_(
+        model.dit.head.head.weight, std=0.02
+    )  # zero at the start, which would stop all gradients
+    bank = bank_of_noise(monkeypatch)
+    loss = {
+        "opening": lambda: opening_step(model, bank, cfg, "cpu"),
+        "window": lambda: clip_step(model, bank, cfg, False, False, "cpu"),
+        "whole clip": lambda: clip_step(model, bank, cfg, True, False, "cpu"),
+        "own context": lambda: clip_step(model, bank, cfg, True, True, "cpu"),
+        "stream": lambda: stream_step(model, bank, cfg, "cpu"),
+    }[step]()
+    assert loss.shape == (() if step == "opening" else (4,))
+    assert torch.nanmean(loss) > 0
+    lazy = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert lazy == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def bank_of_noise(monkeypatch):
+    """A bank of prompts whose clips are noise, 21 frames of 4 x 6 latent pixels."""
+    monkeypatch.setattr(world_dit, "render_batch", lambda scenes, frames, device: torch.zeros(len(scenes)))
+    vae = SimpleNamespace(encode_whole=lambda videos: torch.randn(len(videos), 16, 21, 4, 6))
+    bank = world_dit.LatentBank(vae, size=4, device="cpu", seed=0)
+    bank.add(4)
+    return bank

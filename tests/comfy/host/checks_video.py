@@ -60,6 +60,25 @@ def check_stream_video_writes_what_it_sampled():
     assert (guided - latent).abs().max() > 1e-3
 
 
+def check_the_opening_chunk_takes_its_own_steps():
+    config, module, vae = pack("sparse_attn.config"), pack("nodes.session"), tiny_vae()
+    model = apply(tiny_model())
+    usual = stream_video(model, vae)[1]
+    three = stream_video(model, vae, first_steps=3)[1]
+    assert not torch.equal(three[:, :, :3], usual[:, :, :3])
+    alone = stream_video(model, vae, sigmas=torch.tensor([*config.shifted_sigmas(3), 0.0]))[1]
+    assert torch.equal(three[:, :, :3], alone[:, :, :3]) and not torch.equal(three, alone)
+    asking = model.clone()
+    asking.model_options["transformer_options"][module.FIRST_STEPS] = 3
+    assert torch.equal(stream_video(asking, vae)[1], three), "the loaded model's own wish"
+    assert torch.equal(stream_video(asking, vae, first_steps=4)[1], usual), "the node's setting comes first"
+    asking.model_options["transformer_options"]["ar_config"] = {"initial_latent": noise(1, 4, 4)}
+    model.model_options["transformer_options"]["ar_config"] = {"initial_latent": noise(1, 4, 4)}
+    assert torch.equal(stream_video(asking, vae)[1], stream_video(model, vae)[1]), (
+        "a start image is a history"
+    )
+
+
 def check_stream_video_starts_from_an_image():
     model = tiny_model()
     model.model_options["transformer_options"]["ar_config"] = {"initial_latent": noise(1, 4, 4)}
