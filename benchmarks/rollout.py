@@ -82,7 +82,8 @@ def measure(pipeline: VideoPipeline, mode: str, minutes: float) -> dict:
     first, last = statistics.median(steady[:tenth]), statistics.median(steady[-tenth:])
     facts = {
         "chunks": chunks, "video_frames": request.video_frames,
-        "first_tenth_ms": 1000 * first, "last_tenth_ms": 1000 * last, "last_to_first": last / first, "p50_ms": 1000 * statistics.median(steady),
+        "first_tenth_ms": 1000 * first, "last_tenth_ms": 1000 * last, "last_to_first": last / first,
+        "p50_ms": 1000 * statistics.median(steady),
         "p95_ms": 1000 * statistics.quantiles(steady, n=20)[-1] if len(steady) > 1 else 1000 * steady[0],
         "bytes": sizes[-1], "bytes_constant": len(set(sizes)) == 1, "seconds": seconds,
     }  # fmt: skip
