@@ -133,7 +133,7 @@ def _plan(
 
     def drawn(index: int, frames: int) -> Tensor:
         unit = draw_noise((batch, channels, frames, height, width), seed, index, FIRST_NOISE)
-        return sampler.sigmas[0] * _upload(unit, device)
+        return sampler.sigmas[0] * upload(unit, device)
 
     return total_frames, drawn
 
@@ -152,7 +152,7 @@ def _denoise_chunk(
     x0 = x
     for step, sigma in enumerate(sigmas):
         if step > 0:
-            fresh = _upload(draw_noise(x0.shape, seed, index, step - 1), x0.device)
+            fresh = upload(draw_noise(x0.shape, seed, index, step - 1), x0.device)
             x = (1 - sigma) * x0 + sigma * fresh
         x0 = denoise(x, sigma).float()
         if on_pass is not None:
@@ -164,7 +164,7 @@ def _denoise_chunk(
     return x0
 
 
-def _upload(x: Tensor, device: torch.device | str) -> Tensor:
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
     """Copy to the device without waiting for what it still computes."""
     if torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)

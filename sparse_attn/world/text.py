@@ -72,15 +72,17 @@ class WorldTextEncoder(nn.Module):
     def forward(self, ids_BN: Tensor) -> Tensor:
         """Word ids [B, n <= 512] (0 pads) -> rows [B, 512, 4096]."""
         mask = ids_BN != PAD
-        x = self.embedding[ids_BN] + word_positions(ids_BN.shape[1], self.dim).to(self.embedding)
+        x = self.embedding[ids_BN] + word_positions(ids_BN.shape[1], self.dim, ids_BN.device).to(
+            self.embedding
+        )
         for block in self.blocks:
             x = block(x, mask)
         rows = self.proj(self.norm(x)) * mask[..., None]
         return F.pad(rows, (0, 0, 0, ROWS - rows.shape[1]))
 
 
-def word_positions(count: int, dim: int) -> Tensor:
+def word_positions(count: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Sinusoidal positions [count, dim]."""
-    rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(1000.0) / dim))
-    angle = torch.arange(count)[:, None] * rate
+    rate = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(1000.0) / dim))
+    angle = torch.arange(count, device=device)[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=1)
