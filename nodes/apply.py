@@ -117,6 +117,16 @@ class SparseForcingApply(io.ComfyNode):
                         "triton or reference run exactly that one or stop with the reason."
                     ),
                 ),
+                io.Boolean.Input(
+                    "dense_first_chunk",
+                    optional=True,
+                    default=True,
+                    advanced=True,
+                    tooltip=(
+                        "Mode sparse: the opening chunk reads all of itself. It costs nothing later, and everything "
+                        "later builds on it. Off: topk there, too, as in the paper."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(

@@ -95,6 +95,12 @@ def add_attention_options(make: argparse.ArgumentParser) -> None:
     help_text = "latent frames' worth of blocks kept from before the window, sink included"
     add("--persistent", type=int, default=base.persistent_frames, help=help_text)
     add("--topk", type=float, default=base.topk, help="share of the window's blocks that is read")
+    add(
+        "--dense-first-chunk",
+        action=argparse.BooleanOptionalAction,
+        default=base.dense_first_chunk,
+        help="whether the opening chunk reads all of itself",
+    )
     add("--chunk", type=int, default=SamplerConfig().chunk_frames, help="latent frames made at a time")
     add("--positions", choices=get_args(Positions), default=base.positions, help="rebased: any length")
     add("--backend", choices=get_args(Backend), default=base.backend, help="attention kernels")
@@ -149,6 +155,7 @@ def configs(arguments: argparse.Namespace) -> tuple[AttentionConfig, SamplerConf
         sink_frames=arguments.sink,
         persistent_frames=arguments.persistent,
         topk=arguments.topk,
+        dense_first_chunk=arguments.dense_first_chunk,
         positions=arguments.positions,
         backend=arguments.backend,
     )

@@ -23,7 +23,9 @@ class AttentionConfig:
     mode "window": the first `sink_frames` and the newest frames, `window_frames` in all, the current chunk included
         (Self-Forcing's local_attn_size).
     mode "sparse": a persistent memory of `persistent_frames`' worth of blocks (the sink included) read in full, and
-        `topk` of the blocks of a window of `window_frames`. `block_tokens` and `backend` belong to this mode.
+        `topk` of the blocks of a window of `window_frames`. With `dense_first_chunk` a chunk without any history reads
+        all of itself: it costs nothing later, and everything later builds on it. `block_tokens` and `backend`, too,
+        belong to this mode.
     positions "absolute": keys keep the rotation of their frame index. "rebased": temporal distances stay inside the
         window for any length (see `positions`).
     """
@@ -36,6 +38,11 @@ class AttentionConfig:
     block_tokens: int = 64
     positions: Positions = "absolute"
     backend: Backend = "auto"
+    dense_first_chunk: bool = True
+
+    def topk_after(self, frames: int) -> float:
+        """The share of the window that a chunk with `frames` latent frames of history reads."""
+        return 1.0 if self.dense_first_chunk and frames == 0 else self.topk
 
     def validate(self, chunk_frames: int) -> None:
         """Raise ValueError, naming the value and the remedy, unless this works with chunks of `chunk_frames`."""

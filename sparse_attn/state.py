@@ -182,7 +182,7 @@ class StreamState:
             cache.pooled[layer],
             cache.persistent_slots[layer],
             cache.window_slots[layer],
-            self.attention.topk,
+            self.attention.topk_after(self.frame),
             self.attention.backend,
         )
         stored = zip((cache.k_pages[layer], cache.v_pages[layer]), (k_blocks, v_blocks))
@@ -233,7 +233,7 @@ class StreamState:
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Continue where `snapshot` was taken, bit for bit. Raises ValueError, and changes nothing, if it does not fit.
 
-        `topk`, `backend` and `dense_attention` may differ from those of the stream that was saved.
+        `topk`, `dense_first_chunk`, `backend` and `dense_attention` may differ from those of the stream that was saved.
         """
         self._check_fit(snapshot)
         for name, tensor in self.cache.tensors().items():

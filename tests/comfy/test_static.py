@@ -29,6 +29,7 @@ FROZEN = {
             "positions",
             "block_tokens",
             "backend",
+            "dense_first_chunk",
         ],
         "outputs": ["MODEL"],
     },

@@ -120,7 +120,8 @@ class ListedAttention:
             scores = pooled @ q.mean(0) / math.sqrt(q.shape[1])
             for block, share in zip([*persistent, *window], scores.softmax(0).tolist()):
                 block["score"] += share
-            keep = max(1, math.ceil(self.attention.topk * len(window)))
+            everything = self.attention.dense_first_chunk and self.frame == 0
+            keep = len(window) if everything else max(1, math.ceil(self.attention.topk * len(window)))
             best = scores[len(persistent) :].argsort(descending=True)[:keep].tolist()
             read = [*persistent, *(window[i] for i in best)]
             k, v = (torch.cat([block[name] for block in read]) for name in "kv")
@@ -146,6 +147,7 @@ class ListedAttention:
     ("chunk", "lengths", "settings"),
     [
         (3, [3] * 6, {}),
+        (3, [3] * 3, {"dense_first_chunk": False}),
         (3, [1, 3, 3, 3, 3, 2], {"window_frames": 9}),
         (2, [2] * 6, {"window_frames": 4, "sink_frames": 0, "persistent_frames": 2, "topk": 0.1}),
         (1, [1] * 8, {"topk": 0.5}),
