@@ -35,7 +35,7 @@ from ..config import AttentionConfig, Positions
 from ..rollout import upload
 from ..state import StreamState, sdpa
 from ..vae import WanVAE
-from ..wan import Attend, Block, WanModel
+from ..wan import Block, WanModel
 from ..world.scene import to_prompt
 from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
 from .common import (
@@ -61,7 +61,7 @@ class DitTraining:
     """Shares are parts of the steps; progress goes from 0 to 1.
 
     minutes: length of the run. first_share: openings. long_from: progress at which windows become whole clips.
-    stream_share: of the whole clips and openings, those on the sparse memory at `topk`. own_share: of the other whole
+    stream_share: of the whole clips, those on the sparse memory at `topk`. own_share: of the other whole
     clips, those that see the model's own output. decay_from: progress at which the learning rate starts to fall.
     """
 
@@ -193,9 +193,9 @@ class Trainee(nn.Module):
         flow = self.dit(x, t, cross_kv, teacher_forcing_attention(frames // CHUNK), rope=rope)
         return flow[:, :, frames:]
 
-    def opening(self, noised: Tensor, sigma_B: Tensor, cross_kv, attend: Attend = whole_attention) -> Tensor:
+    def opening(self, noised: Tensor, sigma_B: Tensor, cross_kv) -> Tensor:
         """Flow of opening chunks [B, 16, CHUNK, h, w] at noise levels [B]."""
-        return self.dit(noised, 1000 * sigma_B[:, None].expand(-1, CHUNK), cross_kv, attend)
+        return self.dit(noised, 1000 * sigma_B[:, None].expand(-1, CHUNK), cross_kv, whole_attention)
 
 
 def per_frame(sigma_BK: Tensor) -> Tensor:
@@ -378,18 +378,13 @@ def _memory(
 
 
 def opening_step(model: Trainee, bank: LatentBank, cfg: DitTraining, device: str) -> Tensor:
-    """Gradients of opening chunks at all levels of noise (shift 5), some under sparse attention. Returns the loss."""
+    """Gradients of opening chunks at all levels of noise (shift 5). Returns the mean flow loss."""
     x0, ids, _ = bank.draw(cfg.first_batch, 1, cfg.drop_prompt)
     u = torch.rand(cfg.first_batch, device=device)
     sigma, noise = 5 * u / (1 + 4 * u), torch.randn_like(x0)
     s = sigma.view(-1, 1, 1, 1, 1)
-    attend = whole_attention
-    if random.random() < cfg.stream_share:
-        memory = sparse_memory(model, x0, cfg)
-        memory.begin_chunk(CHUNK)
-        attend = memory.attend
     with mixed_precision(device):
-        flow = model.opening((1 - s) * x0 + s * noise, sigma, model.dit.cross_kv(model.text(ids)), attend)
+        flow = model.opening((1 - s) * x0 + s * noise, sigma, model.dit.cross_kv(model.text(ids)))
     loss = (flow.float() - (noise - x0)).square().mean()
     loss.backward()
     return loss.detach()
