@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..config import AttentionConfig, Positions
+from ..config import AttentionConfig, Backend, Positions
 from ..rollout import upload
 from ..state import StreamState, sdpa
 from ..vae import WanVAE
@@ -81,6 +81,7 @@ class DitTraining:
     stream_share: float = 0.5
     stream_batch: int = 16
     topk: float = 0.25
+    backend: Backend = "auto"
     decay_from: float = 0.6
     bank_start: int = 640
     bank_size: int = 6144
@@ -353,7 +354,7 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
 def sparse_memory(model: Trainee, clip: Tensor, cfg: DitTraining) -> StreamState:
     """An empty sparse memory for a batch like `clip` [B, 16, F, h, w]; half of them count positions the rebased way."""
     positions: Positions = random.choice(("absolute", "rebased"))
-    attention = AttentionConfig(topk=cfg.topk, positions=positions)
+    attention = AttentionConfig(topk=cfg.topk, positions=positions, backend=cfg.backend)
     widths = model.dit.num_layers, model.dit.num_heads, model.dit.head_dim
     memory = _memory(*widths, (clip.shape[3] // 2, clip.shape[4] // 2), len(clip), attention, clip.device)
     memory.reset()
