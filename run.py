@@ -5,6 +5,7 @@
     python run.py test            check the code, then run the tests (further arguments go to pytest)
     python run.py lint            check the code only: ruff and mypy
     python run.py generate ...    the command line (generate --help lists its options)
+    python run.py convert ...     a checkpoint as a file that ComfyUI opens (convert --help lists its options)
     python run.py info            what this machine offers
 
 Needs Python 3.10 or newer and nothing else. Everything is installed into `.venv` beside this file, and only when
@@ -59,8 +60,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if command == "--inside":
         return command_line(rest)
-    if command not in ("demo", "test", "lint", "generate", "info"):
-        return fail(f"There is no command {command!r}: use demo, test, lint, generate or info.", 2)
+    if command not in ("demo", "test", "lint", "generate", "convert", "info"):
+        return fail(f"There is no command {command!r}: use demo, test, lint, generate, convert or info.", 2)
     try:
         prepare("test" if command in ("test", "lint") else "runtime")
         return start(command, rest)

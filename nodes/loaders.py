@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from safetensors.torch import load_file
 
-from ..sparse_attn.checkpoint import CAUSAL_AR, read_checkpoint, recognise_wan
+from ..sparse_attn.checkpoint import CAUSAL_AR, Checkpoint, open_checkpoint, recognise_wan
+from ..sparse_attn.presets import propose
 from ..sparse_attn.world.model import DIT_FILE, FIRST_STEPS, TEXT_FILE, VAE_FILE
 from . import session
 from .world_clip import world_clip
 
-FOLDER = "diffusion_models"
+logger = logging.getLogger("sparse_forcing.nodes")
+
+FOLDER, LORAS, NO_LORA = "diffusion_models", "loras", "none"
 DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-# Names that stored quantisation adds to a weight's own; the host reads them, they do not tell models apart.
-QUANTISATION = (
-    ".scale_weight",
-    ".scale_input",
-    ".weight_scale",
-    ".input_scale",
-    ".comfy_quant",
-    "scaled_fp8",
-)
 
 
 class SparseForcingModelLoader(io.ComfyNode):
@@ -62,11 +58,11 @@ class SparseForcingModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weights",
-                    options=["ema", "raw"],
-                    default="ema",
+                    options=["authors", "ema", "raw"],
+                    default="authors",
                     tooltip=(
-                        "Which weights of a training checkpoint that holds both: ema is the moving average, "
-                        "raw the last step. Files with one set are unaffected."
+                        "Which weights of a training checkpoint that holds both: authors takes what the model's "
+                        "authors use, ema the moving average, raw the last step. Files with one set are unaffected."
                     ),
                 ),
                 io.Combo.Input(
@@ -75,6 +71,17 @@ class SparseForcingModelLoader(io.ComfyNode):
                     default="default",
                     advanced=True,
                     tooltip="default keeps 16 bits; fp8 halves the memory of the weights at some loss of quality.",
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NO_LORA, *folder_paths.get_filename_list(LORAS)],
+                    optional=True,
+                    default=NO_LORA,
+                    advanced=True,
+                    tooltip=(
+                        "A LoRA that belongs to the checkpoint, such as LongLive's lora.pt, merged in while loading. "
+                        "For styles use the host's own LoRA loaders behind this node."
+                    ),
                 ),
             ],
             outputs=[
@@ -86,13 +93,29 @@ class SparseForcingModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **_: Any) -> float:
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, model_name))
+    def fingerprint_inputs(cls, model_name: str, lora_name: str = NO_LORA, **_: Any) -> tuple[float, ...]:
+        files = [(FOLDER, model_name), *([] if lora_name == NO_LORA else [(LORAS, lora_name)])]
+        return tuple(os.path.getmtime(folder_paths.get_full_path_or_raise(*file)) for file in files)
 
     @classmethod
-    def execute(cls, model_name: str, weights: str, weight_dtype: str) -> io.NodeOutput:
+    def execute(
+        cls, model_name: str, weights: str, weight_dtype: str, lora_name: str = NO_LORA
+    ) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(FOLDER, model_name)
-        return io.NodeOutput(load_causal_model(path, weights == "ema", DTYPES[weight_dtype]))
+        lora = None if lora_name == NO_LORA else folder_paths.get_full_path_or_raise(LORAS, lora_name)
+        ema = propose(model_name).preset.ema if weights == "authors" else weights == "ema"
+        checkpoint = open_checkpoint(path, ema=ema, lora=lora, available=memory_of_this_machine())
+        model = host_model(checkpoint, DTYPES[weight_dtype])
+        model.cached_patcher_init = (load_causal_model, (path, ema, DTYPES[weight_dtype], lora))
+        proposal = propose(model_name, checkpoint.metadata)
+        preset = proposal.preset
+        if preset.first_sigmas:
+            model.model_options["transformer_options"][session.FIRST_STEPS] = len(preset.first_sigmas)
+        settings = f"Settings of its authors ({proposal.reason}): {preset.describe()}"
+        lines = (*checkpoint.describe(), settings, preset.note, proposal.warning)
+        report = "\n".join(filter(None, lines))
+        logger.info("%s", report)
+        return io.NodeOutput(model, ui=ui.PreviewText(report))
 
 
 class SparseForcingWorldModel(io.ComfyNode):
@@ -134,17 +157,35 @@ class SparseForcingWorldModel(io.ComfyNode):
         return io.NodeOutput(model, world_clip(load_file(TEXT_FILE)), comfy.sd.VAE(sd=load_file(VAE_FILE)))
 
 
-def load_causal_model(path: str, ema: bool, options: dict[str, Any], disable_dynamic: bool = False) -> Any:
+def load_causal_model(
+    path: str, ema: bool, options: dict[str, Any], lora: str | None = None, disable_dynamic: bool = False
+) -> Any:
     """The host's MODEL of a checkpoint file, marked autoregressive so that it gets the schedule with shift 5.
 
     options: the host's `model_options`. Raises CheckpointError, listing missing and unexpected names, for other files.
     """
-    state_dict, metadata = read_checkpoint(path, ema=ema)
-    recognise_wan({k: v for k, v in state_dict.items() if not k.endswith(QUANTISATION)}, path)
+    checkpoint = open_checkpoint(path, ema=ema, lora=lora, available=memory_of_this_machine())
+    model = host_model(checkpoint, options, disable_dynamic)
+    model.cached_patcher_init = (load_causal_model, (path, ema, options, lora))  # how the host loads it anew
+    return model
+
+
+def host_model(checkpoint: Checkpoint, options: dict[str, Any], disable_dynamic: bool = False) -> Any:
+    """The host's MODEL of an open checkpoint. Raises CheckpointError where it is no Wan text-to-video model."""
+    recognise_wan(checkpoint.weights, str(checkpoint.path))
     model = comfy.sd.load_diffusion_model_state_dict(
-        state_dict, model_options=options, metadata={**metadata, **CAUSAL_AR}, disable_dynamic=disable_dynamic
+        {name: checkpoint.tensor(name) for name in checkpoint.weights},
+        model_options=options,
+        metadata={**checkpoint.metadata, **CAUSAL_AR},
+        disable_dynamic=disable_dynamic,
     )
     if model is None:
-        raise ValueError(f"ComfyUI does not recognise {path} as a Wan model. Update ComfyUI.")
-    model.cached_patcher_init = (load_causal_model, (path, ema, options))  # how the host loads it anew
+        raise ValueError(f"ComfyUI does not recognise {checkpoint.path} as a Wan model. Update ComfyUI.")
     return model
+
+
+def memory_of_this_machine() -> int:
+    """Bytes of the host's memory and of the device it computes on: a model may lie in both."""
+    device = comfy.model_management.get_torch_device()
+    gpu = 0 if device.type == "cpu" else comfy.model_management.get_total_memory(device)
+    return int(comfy.model_management.total_ram * 2**20) + gpu

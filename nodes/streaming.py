@@ -31,7 +31,7 @@ class StreamSampler(comfy.samplers.KSAMPLER):
     As an ordinary SAMPLER it fills the latent it is given, starting from the given noise. With `total_frames` it works
     from a latent of one chunk instead and generates that many latent frames, each chunk handed to `on_chunk` and
     dropped, so that no tensor grows with the video. `reserve_bytes` is extra device memory the caller will need.
-    `first_steps` > 0 gives the opening chunk, if nothing stands before it, that many steps of the shift-5 schedule.
+    `first_steps` > 0 gives the first generated chunk that many steps of the shift-5 schedule.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StreamSampler(comfy.samplers.KSAMPLER):
     def schedule(self, sigmas: Tensor, transformer_options: dict[str, Any]) -> SamplerConfig:
         """The host's `sigmas` [steps + 1], and the opening chunk's: its own steps, else those the loader asks for.
 
-        Where the schedule starts below full noise, the opening chunk is not made out of nothing and has no own steps.
+        Where the schedule starts below full noise, the first chunk is not made out of nothing and has no own steps.
         """
         values = _schedule(sigmas)
         steps = (self.first_steps or transformer_options.get(FIRST_STEPS, 0)) if values[0] == 1 else 0
@@ -190,9 +190,8 @@ def _chunks(
         given = start.shape[2]
         yield Chunk(-1, 0, start, 0.0)
     total = run.total_frames - given
-    steps = sum(
-        len(schedule.sigmas_after(given + done)) + 1 for done in range(0, total, schedule.chunk_frames)
-    )
+    chunks = -(-total // schedule.chunk_frames)
+    steps = sum(len(schedule.sigmas_of(chunk)) + 1 for chunk in range(chunks))
     passes = count()
 
     def on_pass(_chunk: int, _index: int, _passes: int, x0: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `generate` makes a video file, `info` says what this machine offers.
+"""The command line: `generate` makes a video file, `convert` a checkpoint for ComfyUI, `info` says what there is.
 
 Everything the user typed is checked before torch is even imported. A run that is stopped, or that runs out of memory,
 leaves a file that plays what was finished.
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 SHEET_FRAMES = 12
 LATENT_FPS = FPS // 4  # a latent frame stands for four video frames
+WEIGHTS = {"authors": None, "ema": True, "raw": False}  # which set of a training file: its authors', ...
 SUCCESS, FAILED, MISUSED, STOPPED = 0, 1, 2, 130  # exit codes
 
 
@@ -66,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
     make.set_defaults(run=generate)
     add_video_options(make)
     add_attention_options(make)
-    for command in (info, make):
+    change = commands.add_parser(
+        "convert", help="write a checkpoint as a file that ComfyUI opens", formatter_class=defaults
+    )
+    change.set_defaults(run=convert_file)
+    add_convert_options(change)
+    for command in (info, make, change):
         command.add_argument("--verbose", action="store_true", help="log what is done")
     return top
 
@@ -104,6 +110,16 @@ def add_attention_options(make: argparse.ArgumentParser) -> None:
     add("--chunk", type=int, default=SamplerConfig().chunk_frames, help="latent frames made at a time")
     add("--positions", choices=get_args(Positions), default=base.positions, help="rebased: any length")
     add("--backend", choices=get_args(Backend), default=base.backend, help="attention kernels")
+
+
+def add_convert_options(change: argparse.ArgumentParser) -> None:
+    add = change.add_argument
+    add("source", type=Path, help="a .safetensors, .index.json, .pt, .pth or .ckpt file")
+    add("target", type=Path, help="the .safetensors file to write")
+    add("--lora", type=Path, help="a LoRA of this model, to be merged in")
+    add("--weights", choices=tuple(WEIGHTS), default="authors", help="which, of a training file with both")
+    add("--dtype", choices=("stored", "bf16", "fp16"), default="stored", help="of the weights")
+    add("--force", action="store_true", help="replace an existing file")
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -257,6 +273,34 @@ def out_of_memory(error: BaseException) -> bool:
     words = str(error).lower()
     signs = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(sign in words for sign in signs)
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
+
+
+def convert_file(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .checkpoint_error import CheckpointError
+    from .convert import convert
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arguments.dtype)
+    try:
+        report = convert(
+            arguments.source,
+            arguments.target,
+            lora=arguments.lora,
+            ema=WEIGHTS[arguments.weights],
+            dtype=dtype,
+            force=arguments.force,
+        )
+    except CheckpointError as error:
+        return say(str(error), MISUSED)
+    except OSError as error:
+        return say(str(error), FAILED)
+    for line in report:
+        print(line)
+    return SUCCESS
 
 
 # --- info -------------------------------------------------------------------------------------------------------------

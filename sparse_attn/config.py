@@ -89,6 +89,12 @@ class AttentionConfig:
         _at_least("block_tokens", self.block_tokens, 1)
 
 
+def shifted_sigmas(steps: int, shift: float = 5.0) -> tuple[float, ...]:
+    """`steps` noise levels falling from 1: evenly spaced times under the warp of the Self-Forcing family."""
+    times = (1 - step / steps for step in range(steps))
+    return tuple(shift * t / (1 + (shift - 1) * t) for t in times)
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """The denoising schedule of every chunk. `sigmas` falls from at most 1; a trailing 0 is implied, never written.
@@ -96,9 +102,9 @@ class SamplerConfig:
     The default is the 4-step schedule of the Self-Forcing family (shift 5): timesteps 1000, 937.5, 833.3, 625.
     """
 
-    sigmas: tuple[float, ...] = (1.0, 0.9375, 0.8333333, 0.625)
+    sigmas: tuple[float, ...] = shifted_sigmas(4)
     chunk_frames: int = 3
-    first_sigmas: tuple[float, ...] | None = None  # of a chunk without any history; None: as the others
+    first_sigmas: tuple[float, ...] | None = None  # of the first generated chunk; None: as the others
 
     def validate(self) -> None:
         """Raise ValueError, naming the value and the remedy."""
@@ -113,15 +119,9 @@ class SamplerConfig:
                 "the same level of noise, so make the first numbers equal."
             )
 
-    def sigmas_after(self, frames: int) -> tuple[float, ...]:
-        """The schedule of a chunk that has `frames` latent frames of history."""
-        return self.first_sigmas if self.first_sigmas and frames == 0 else self.sigmas
-
-
-def shifted_sigmas(steps: int, shift: float = 5.0) -> tuple[float, ...]:
-    """`steps` noise levels falling from 1: evenly spaced times under the warp of the Self-Forcing family."""
-    times = (1 - step / steps for step in range(steps))
-    return tuple(shift * t / (1 + (shift - 1) * t) for t in times)
+    def sigmas_of(self, chunk: int) -> tuple[float, ...]:
+        """The schedule of generated chunk number `chunk`."""
+        return self.first_sigmas if self.first_sigmas and chunk == 0 else self.sigmas
 
 
 def pixel_frames(latent_frames: int) -> int:

@@ -82,7 +82,7 @@ def stream(
             return
         clean = clean_last or total is None or start + frames < total
         began, start_frame = time.perf_counter(), memory.frame
-        sigmas = sampler.sigmas_after(start_frame)
+        sigmas = sampler.sigmas_of(index)
         memory.begin_chunk(frames)
         latent = _denoise_chunk(denoise, sigmas, first_x(index, frames), seed, index, on_pass, clean)
         if clean:

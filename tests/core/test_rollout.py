@@ -100,7 +100,7 @@ def test_a_lower_first_sigma_scales_the_first_noise():
     assert torch.equal(model.inputs[0], 0.5 * host_noise((1, 4, 3, 5, 7), 1 + 999))
 
 
-def test_a_chunk_without_history_has_its_own_schedule():
+def test_the_first_generated_chunk_may_have_its_own_schedule():
     sampler = SamplerConfig(sigmas=(1.0, 0.5), first_sigmas=(1.0, 0.8, 0.2))
     model, seen = Recorder(), []
     list(
@@ -111,7 +111,10 @@ def test_a_chunk_without_history_has_its_own_schedule():
     later = Recorder()
     prefill(later, later, torch.zeros(1, 4, 3, 5, 7), 3)
     list(stream(later, later, sampler, shape=SHAPE, total_frames=3))
-    assert later.events[3:] == ["begin 3", 1.0, 0.5, 0.0, "end"]
+    assert later.events[3:] == ["begin 3", 1.0, 0.8, 0.2, 0.0, "end"], "also behind given frames"
+    resumed = Recorder()
+    list(stream(resumed, resumed, sampler, shape=SHAPE, total_frames=6, start_chunk=1))
+    assert resumed.events == ["begin 3", 1.0, 0.5, 0.0, "end"]
 
 
 def test_the_global_generator_is_left_alone():

@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from sparse_forcing_pack.sparse_attn import cli
+from sparse_forcing_pack.sparse_attn.checkpoint import is_causal_ar, read_checkpoint
 from sparse_forcing_pack.sparse_attn.pipeline import VideoPipeline
 from sparse_forcing_pack.sparse_attn.progress import Progress, size
+from sparse_forcing_pack.sparse_attn.wan import WanModel
 from sparse_forcing_pack.sparse_attn.world.model import DIT_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,3 +320,18 @@ def test_info_without_weights(monkeypatch, capsys):
     monkeypatch.setattr("sparse_forcing_pack.sparse_attn.pipeline.load_world_model", missing)
     assert run("info") == 0
     assert "World model: world_dit.safetensors is missing" in capsys.readouterr().out
+
+
+def test_convert_writes_what_comfyui_opens(tmp_path, capsys):
+    source, target = tmp_path / "self_forcing.pt", tmp_path / "out.safetensors"
+    weights = WanModel(dim=256, ffn_dim=256, num_heads=2, num_layers=1).state_dict()
+    torch.save({"generator_ema": {f"model.{name}": tensor for name, tensor in weights.items()}}, source)
+    assert run("convert", str(source), str(target), "--dtype", "bf16") == 0
+    shown = capsys.readouterr().out
+    assert "unwrapped generator_ema" in shown and "Self-Forcing" in shown
+    found, metadata = read_checkpoint(target)
+    assert is_causal_ar(metadata) and found.keys() == weights.keys()
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert run("convert", str(source), str(target)) == 2
+    assert "exists: choose another name, or force" in capsys.readouterr().err
+    assert run("convert", str(tmp_path / "nothing.pt"), str(target), "--force") == 1

@@ -30,7 +30,7 @@ def check_model_loader_reads_what_people_have():
         training = {"generator": {f"model.{k}": v for k, v in sd.items()},
                     "generator_ema": {f"model._fsdp_wrapped_module.{k}": v for k, v in ema.items()}}  # fmt: skip
         torch.save(training, f"{folder}/tiny.pt")
-        for weights, want in (("ema", ema), ("raw", sd)):
+        for weights, want in (("authors", ema), ("ema", ema), ("raw", sd)):
             model = load(module, "tiny.pt", weights)
             network = model.model.diffusion_model
             assert type(network).__name__ == "CausalWanModel" and model.model.model_sampling.shift == 5.0
@@ -54,6 +54,24 @@ def check_model_loader_reads_what_people_have():
         torch.save({"model": Hostile(Path(folder, "ran"))}, f"{folder}/hostile.pt")
         fails("is refused", load, module, "hostile.pt")
         assert not Path(folder, "ran").exists()
+        lora = {
+            "blocks.1.ffn.0.lora_A.weight": torch.ones(1, 256),
+            "blocks.1.ffn.0.lora_B.weight": torch.ones(256, 1),
+        }
+        Path(folder, "loras").mkdir()
+        folder_paths.add_model_folder_path("loras", f"{folder}/loras")
+        torch.save({"generator_lora": lora}, f"{folder}/loras/lora.pt")
+        node = module.SparseForcingModelLoader
+        output = node.execute("tiny.pt", "raw", "default", "lora.pt")
+        merged = output.args[0].model.diffusion_model.blocks[1].ffn[0].weight
+        close(merged, sd["blocks.1.ffn.0.weight"] + 1.0)
+        assert "LoRA on 1 layers" in output.ui.value and "Settings of its authors" in output.ui.value
+        torch.save(sd, f"{folder}/causal-forcing-framewise-2step.pt")
+        model = load(module, "causal-forcing-framewise-2step.pt")
+        assert model.model_options["transformer_options"][pack("nodes.session").FIRST_STEPS] == 4
+        module.memory_of_this_machine, real = (lambda: 1000), module.memory_of_this_machine
+        fails("memory", load, module, "tiny.pt")
+        module.memory_of_this_machine = real
         sd["blocks.0.stranger"] = sd.pop("blocks.1.modulation")
         safetensors.torch.save_file(sd, f"{folder}/wrong.safetensors")
         fails(
@@ -64,9 +82,10 @@ def check_model_loader_reads_what_people_have():
         )
 
 
-def load(module, name: str, weights: str = "ema"):
-    assert module.SparseForcingModelLoader.fingerprint_inputs(model_name=name, weights=weights) > 0
-    return module.SparseForcingModelLoader.execute(name, weights, "default").args[0]
+def load(module, name: str, weights: str = "authors"):
+    node = module.SparseForcingModelLoader
+    assert node.fingerprint_inputs(model_name=name, weights=weights)[0] > 0
+    return node.execute(name, weights, "default").args[0]
 
 
 def scaled_fp8(sd: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
