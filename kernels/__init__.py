@@ -1,8 +1,10 @@
-"""The kernels room: attention over lists of key/value pages, and the router that writes the lists.
+"""The kernels room: attention over lists of key/value pages, the router that writes the lists, and the element-wise
+work of a transformer block, fused.
 
 It imports torch alone; Triton is looked for when a call or a report first asks for it.
 """
 
+from . import fused
 from .pbsa import BlockLists, backend_report, pbsa_attention, pool_pages, route
 
-__all__ = ["BlockLists", "backend_report", "pbsa_attention", "pool_pages", "route"]
+__all__ = ["BlockLists", "backend_report", "fused", "pbsa_attention", "pool_pages", "route"]

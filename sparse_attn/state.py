@@ -190,7 +190,14 @@ class StreamState:
             _differentiable(pages, fresh, partial(cache.open_part, layer)) for pages, fresh in stored
         )
         out, _ = pbsa_attention(
-            q_blocks, k_pages, v_pages, cache.page_len[layer], lists, backend=self.attention.backend
+            q_blocks,
+            k_pages,
+            v_pages,
+            cache.page_len[layer],
+            lists,
+            padding="finite",  # pages start as zeros, and blocks are packed with zeros
+            grad_pages=cache.current[layer].to(torch.int32) if k_pages.requires_grad else None,
+            backend=self.attention.backend,
         )
         return cache.chunk.unpack(out, self.batch)
 

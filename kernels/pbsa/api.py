@@ -1,7 +1,8 @@
 """The public face of PBSA: checks what it is given, chooses a backend, hands over.
 
 Letters: G groups (batch x heads, one page table each), NQ query blocks, T tokens a block, D head dim, S page slots of a
-group, M longest list, NA and NL pages that a router row always reads and chooses from.
+group, NR lists of a group, M longest list, NC pages that want a gradient, NA and NL pages that a router row always
+reads and chooses from.
 Nothing here reads a value on the device: checks are of shapes, dtypes and devices, so that no call waits for the GPU.
 """
 
@@ -13,17 +14,21 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .constraints import Call, backend_report, choose
+from .constraints import backend_for, backend_report
 
 __all__ = ["BlockLists", "backend_report", "pbsa_attention", "pool_pages", "route"]
+
+
+PADDINGS = ("none", "finite", "any")
 
 
 class BlockLists(NamedTuple):
     """Which pages each query block reads.
 
-    idx [G, NQ, M] int32: page slots, ascending, each at most once; entries from `cnt` on are padding (any valid slot).
-    cnt [G, NQ] int32: how many of them count, 0 to M.
-    With NQ = 1 the one list of a group serves all of its query blocks: dense and window attention.
+    idx [G, NR, M] int32: page slots, ascending, each at most once; entries from `cnt` on are padding (any valid slot).
+    cnt [G, NR] int32: how many of them count, 0 to M.
+    NR divides NQ: each list serves NQ / NR query blocks that follow one another. NR = NQ is a list a block; NR = NQ / 2
+    lets pairs of blocks of 64 fill a tile of 128 rows; NR = 1 is dense and window attention.
     """
 
     idx: Tensor
@@ -38,6 +43,8 @@ def pbsa_attention(
     lists: BlockLists,
     *,
     scale: float | None = None,
+    padding: str = "any",
+    grad_pages: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of query blocks over the pages that their lists name, in one softmax.
@@ -45,33 +52,52 @@ def pbsa_attention(
     q [G, NQ, T, D]; k_pages, v_pages [G, S, T, D] in q's dtype (float32, float16, bfloat16; float64 by the reference);
     page_len [G, S] int32, the valid tokens at the front of each page: what lies behind them is not read.
     scale: of the scores, default D ** -0.5. backend: auto, reference or triton.
+    padding: a promise about the tokens behind page_len in k_pages and v_pages, which lets faster kernels run.
+        "any": they may hold anything, NaN too; "finite": they hold numbers, as zeros are; "none": there are none, every
+        listed page is full. A broken promise gives wrong numbers.
+    grad_pages [G, NC] int32, slots distinct within a group: only these pages get a gradient in k_pages and v_pages, for
+        all others it is zero and costs nothing. None: every page. Training names the new chunk's pages.
 
     -> out [G, NQ, T, D] in q's dtype; lse [G, NQ, T] float32 (float64 for float64), natural log of the softmax's sum.
     A list without a valid token gives out 0 and lse -inf. Rows of q past a ragged block's end are computed like others.
+    Gradients flow to q, k_pages and v_pages, through out and lse; the same inputs give the same bits.
     Raises ValueError for shapes, dtypes or devices that do not fit together, RuntimeError with the reason when the
     backend named cannot serve the call.
     """
     _check_attention(q, k_pages, v_pages, page_len, lists)
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be {', '.join(PADDINGS[:-1])} or {PADDINGS[-1]}, got {padding!r}")
+    if grad_pages is not None:
+        _expect("grad_pages", grad_pages, "[G, NC]", (q.shape[0], None), torch.int32, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     idx, cnt = lists
     if idx.shape[2] == 0:  # nobody reads anything; one padding entry keeps every backend free of the case
         idx = idx.new_zeros(*idx.shape[:2], 1)
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pages, v_pages))
-    call = Call("attention", q.device, q.dtype, q.shape[3], block_tokens=q.shape[2], needs_grad=grad)
-    match choose(call, backend):
+    match backend_for(backend, "attention", q.device, q.dtype, q.shape[3], q.shape[2]):
         case "triton":
             from . import triton
 
-            return triton.attention(q, k_pages, v_pages, page_len, idx, cnt, scale)
+            return triton.attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding)
         case _:
+            if grad_pages is not None:
+                k_pages, v_pages = (reference.only_pages(x, grad_pages) for x in (k_pages, v_pages))
             return reference.attention(q, k_pages, v_pages, page_len, idx, cnt, scale)
 
 
-def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
-    """Mean of each page's valid tokens: pages [G, n, T, D], page_len [G, n] -> [G, n, D] float32 (0 if empty)."""
+def pool_pages(pages: Tensor, page_len: Tensor, *, backend: str = "auto") -> Tensor:
+    """Mean of each page's valid tokens: pages [G, n, T, D], page_len [G, n] int32 -> [G, n, D] float32 (0 if empty).
+
+    float64 by the reference, for float64. Gradients flow to pages. Raises like `pbsa_attention`.
+    """
     _expect("pages", pages, "[G, n, T, D]", (None, None, None, None), pages.dtype, pages.device)
     _expect("page_len", page_len, "[G, n]", tuple(pages.shape[:2]), torch.int32, pages.device)
-    return reference.pool_pages(pages, page_len)
+    match backend_for(backend, "pool_pages", pages.device, pages.dtype, pages.shape[3], pages.shape[2]):
+        case "triton":
+            from . import triton
+
+            return triton.pool_pages(pages, page_len)
+        case _:
+            return reference.pool_pages(pages, page_len)
 
 
 def route(
@@ -97,9 +123,9 @@ def route(
     _check_route(pooled_q, pooled_k, always, local, k)
     scale = pooled_q.shape[-1] ** -0.5 if scale is None else float(scale)
     keep = min(k, local.shape[1])
-    call = Call("route", pooled_q.device, pooled_q.dtype, pooled_q.shape[2], candidates=pooled_k.shape[1])
+    facts = pooled_q.device, pooled_q.dtype, pooled_q.shape[2], None, pooled_k.shape[1]
     with torch.no_grad():
-        match choose(call, backend):
+        match backend_for(backend, "route", *facts):
             case "triton":
                 from . import triton
 
@@ -119,9 +145,13 @@ def _check_attention(
     _expect("v_pages", v_pages, "[G, S, T, D]", tuple(k_pages.shape), q.dtype, q.device)
     _expect("page_len", page_len, "[G, S]", tuple(k_pages.shape[:2]), torch.int32, q.device)
     idx, cnt = lists
-    rows = 1 if idx.dim() == 3 and idx.shape[1] == 1 else blocks
-    _expect("lists.idx", idx, "[G, NQ or 1, M]", (groups, rows, None), torch.int32, q.device)
-    _expect("lists.cnt", cnt, "[G, NQ or 1]", (groups, rows), torch.int32, q.device)
+    rows = blocks
+    if idx.dim() == 3 and idx.shape[1] > 0 and blocks % idx.shape[1] == 0:
+        rows = idx.shape[1]
+    _expect(
+        "lists.idx", idx, "[G, NR, M] with NR a divisor of NQ", (groups, rows, None), torch.int32, q.device
+    )
+    _expect("lists.cnt", cnt, "[G, NR]", (groups, rows), torch.int32, q.device)
 
 
 def _check_route(pooled_q: Tensor, pooled_k: Tensor, always: Tensor, local: Tensor, k: int) -> None:

@@ -24,13 +24,12 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class Call:
     """The facts of one call that decide who can serve it; all are host metadata, reading them never syncs."""
 
-    operation: str  # "attention" or "route"
+    operation: str  # "attention", "route" or "pool_pages"
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     block_tokens: int | None = None  # T; None for the router, which sees pooled vectors only
     candidates: int | None = None  # slots a router row scores; None for attention
-    needs_grad: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class BackendConstraints:
     max_candidates: int | None = None
     needs_triton: bool = False
     min_capability: tuple[int, int] | None = None
-    has_backward: bool = True
 
     def why_not(self, call: Call) -> str | None:
         """The first unmet need in words, or None when the backend can serve `call`."""
@@ -80,8 +78,6 @@ class BackendConstraints:
         count = call.candidates
         if self.max_candidates is not None and count is not None and count > self.max_candidates:
             return f"it scores at most {self.max_candidates} page slots a row, got {count}"
-        if call.needs_grad and not self.has_backward:
-            return "it has no backward yet, and an input requires grad; use backend='reference' or torch.no_grad()"
         return None
 
 
@@ -94,7 +90,6 @@ TRITON = BackendConstraints(
     max_candidates=4096,
     needs_triton=True,
     min_capability=(8, 0),
-    has_backward=False,
 )
 BACKENDS: dict[str, BackendConstraints] = {"triton": TRITON, "reference": REFERENCE}  # in `auto`'s order
 
@@ -123,6 +118,24 @@ def choose(call: Call, backend: str) -> str:
     if reason := BACKENDS[backend].why_not(call):
         raise RuntimeError(f"PBSA {call.operation}: backend {backend!r} cannot run: {reason}")
     return backend
+
+
+def backend_for(
+    backend: str,
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_tokens: int | None = None,
+    candidates: int | None = None,
+) -> str:
+    """`choose` for the fields of a Call: what torch.compile can hand over as constants."""
+    return choose(Call(operation, device, dtype, head_dim, block_tokens, candidates), backend)
+
+
+# torch.compile takes the answer as a constant instead of tracing the search for Triton and the log. This is all that
+# torch.compiler.assume_constant_result does, without importing the compiler for everybody who never compiles.
+backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _auto(call: Call) -> str:

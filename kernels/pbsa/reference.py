@@ -11,7 +11,8 @@ Tokens past a page's length are never read: they may hold NaN. A list without a 
 zero gradients. Gradients are plain autograd's, for q, k and v, through `out` and `lse`.
 
 Letters: G groups (batch x heads), NQ query blocks, T tokens a block, D head dim, S page slots, M longest list,
-R rows = G * lists a group.
+NR lists of a group,
+R rows = G * NR.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WORKSPACE_BYTES = 256 * 2**20  # most that one gather of keys, or one block of s
 def attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_len: Tensor, idx: Tensor, cnt: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See `api.pbsa_attention`; idx [G, NQ or 1, M], cnt [G, NQ or 1]. One list a group gathers its pages only once."""
+    """See `api.pbsa_attention`; idx [G, NR, M], cnt [G, NR]. Query blocks that share a list gather it only once."""
     groups, blocks, tokens, dim = q.shape
     slots, longest = k_pages.shape[1], idx.shape[2]
     wide = _computing_dtype(q)
@@ -39,9 +40,7 @@ def attention(
     pages_RM = (idx.long() + first_slot).flatten(0, 1)
     listed = torch.arange(longest, device=q.device) < cnt.reshape(-1, 1)
     keep = (valid.flatten(0, 1)[pages_RM] & listed[..., None]).flatten(1)  # [R,M*T]
-    rows_q = (q.to(wide) * scale).reshape(
-        pages_RM.shape[0], -1, dim
-    )  # [R,T,D], or [G,NQ*T,D] with one list a group
+    rows_q = (q.to(wide) * scale).reshape(pages_RM.shape[0], -1, dim)  # [R,NQ/NR*T,D]
 
     step = max(1, WORKSPACE_BYTES // (longest * tokens * dim * keys.element_size()))
     pieces = [
@@ -78,6 +77,14 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[T
     out = torch.bmm(weights, v) / safe_mass
     lse = (top + safe_mass.log()).masked_fill(empty, -math.inf)
     return out, lse.squeeze(-1)
+
+
+def only_pages(pages: Tensor, wanted: Tensor) -> Tensor:
+    """pages [G, S, T, D] as they are, with a gradient only where wanted [G, NC] names the slot."""
+    chosen = torch.zeros(pages.shape[:2], dtype=torch.bool, device=pages.device).scatter_(
+        1, wanted.long(), True
+    )
+    return torch.where(chosen[..., None, None], pages, pages.detach())
 
 
 def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:

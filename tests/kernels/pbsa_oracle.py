@@ -18,8 +18,26 @@ class Problem:
     page_len: Tensor
     lists: BlockLists
 
-    def run(self, backend: str) -> tuple[Tensor, Tensor]:
-        return pbsa_attention(self.q, self.k_pages, self.v_pages, self.page_len, self.lists, backend=backend)
+    def run(self, backend: str, **options) -> tuple[Tensor, Tensor]:
+        args = self.q, self.k_pages, self.v_pages, self.page_len, self.lists
+        return pbsa_attention(*args, backend=backend, **options)
+
+    def promising(self, padding: str) -> Problem:
+        """The same with page tails that keep the promise `padding`; "any" is how problems are made."""
+        if padding == "any":
+            return self
+        k, v = self.k_pages.nan_to_num(0), self.v_pages.nan_to_num(0)
+        lens = torch.full_like(self.page_len, k.shape[2]) if padding == "none" else self.page_len
+        return Problem(self.q, k, v, lens, self.lists)
+
+    def gradients(self, backend: str, dtype: torch.dtype, **options) -> tuple[Tensor, ...]:
+        """dq, dk and dv of one scalar, the same for every backend and dtype, of out and of the finite part of lse."""
+        leaves = [x.detach().to(dtype).clone().requires_grad_() for x in (self.q, self.k_pages, self.v_pages)]
+        out, lse = Problem(*leaves, self.page_len, self.lists).run(backend, **options)
+        draw = torch.Generator().manual_seed(1)
+        weights = [torch.randn(x.shape, generator=draw).to(x) for x in (out, lse)]
+        loss = (out * weights[0]).sum() + (lse.masked_fill(lse.isinf(), 0) * weights[1]).sum()
+        return torch.autograd.grad(loss, leaves)
 
     def to(self, where: torch.device | str | torch.dtype) -> Problem:
         if isinstance(where, torch.dtype):
@@ -89,7 +107,7 @@ def attend_literally(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tens
     return out, lse
 
 
-def assert_within_eager_error(problem: Problem, backend: str) -> None:
+def assert_within_eager_error(problem: Problem, backend: str, **options) -> None:
     """`backend` may be as far from float64 as eager attention in the inputs' precision, and a rounding further.
 
     The rounding: of the output to its dtype, and of float32 scores, whose relative error moves every weight (the order
@@ -97,15 +115,29 @@ def assert_within_eager_error(problem: Problem, backend: str) -> None:
     """
     truth_out, truth_lse = attend_literally(problem, torch.float64)
     eager_out, _ = attend_literally(problem, problem.q.dtype)
-    out, lse = problem.run(backend)
+    out, lse = problem.run(backend, **options)
     assert out.dtype == problem.q.dtype and lse.dtype == torch.float32
     rounding = torch.finfo(problem.q.dtype).eps * truth_out.abs().max()
     rounding += 4 * torch.finfo(torch.float32).eps * problem.v_pages.nan_to_num(0).abs().max()
     assert (out - truth_out).abs().max() <= (eager_out - truth_out).abs().max() + rounding
     assert torch.equal(lse.isinf(), truth_lse.isinf())
-    some = ~truth_lse.isinf()
     # scores are accumulated in float32 whatever the inputs: a few roundings of a sum of D products
-    assert (lse[some] - truth_lse[some]).abs().max() <= 2e-5
+    assert torch.where(truth_lse.isinf(), 0, lse - truth_lse).abs().max() <= 2e-5
+
+
+def assert_gradients_within_eager_error(problem: Problem, backend: str, **options) -> None:
+    """As `assert_within_eager_error`, for gradients: the reference in float64 is the truth.
+
+    On top, of the largest gradient, two roundings to the inputs' dtype, because kernels round the weights and their
+    gradients before the products, and sixteen to float32: the weights are recomputed from an lse of about ten.
+    """
+    dtype = problem.q.dtype
+    truth = problem.gradients("reference", torch.float64, **options)
+    eager = problem.gradients("reference", dtype, **options)
+    for found, want, budget in zip(problem.gradients(backend, dtype, **options), truth, eager):
+        assert found.dtype == dtype and found.shape == want.shape
+        rounding = (2 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps) * want.abs().max()
+        assert (found - want).abs().max() <= (budget - want).abs().max() + rounding
 
 
 def route_literally(scores: list[float], k: int) -> set[int]:

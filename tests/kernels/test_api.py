@@ -34,8 +34,12 @@ def _attention_args() -> dict:
         ("page_len", lambda n: n.long(), "page_len must be torch.int32, got torch.int64; convert"),
         ("page_len", lambda n: n[:1], r"page_len must be \[G, S\] = \[2, 7\], got \[1, 7\]"),
         ("page_len", lambda n: n.to("meta"), "page_len must be on cpu, got meta; move it"),
-        ("lists", lambda x: BlockLists(x.idx[:, :2], x.cnt), r"lists.idx must be \[G, NQ or 1, M\]"),
-        ("lists", lambda x: BlockLists(x.idx, x.cnt[:, :1]), r"lists.cnt must be \[G, NQ or 1\] = \[2, 3\]"),
+        (
+            "lists",
+            lambda x: BlockLists(x.idx[:, :2], x.cnt),
+            r"lists.idx must be \[G, NR, M\] with NR a divisor of NQ = \[2, 3, any\]",
+        ),
+        ("lists", lambda x: BlockLists(x.idx, x.cnt[:, :1]), r"lists.cnt must be \[G, NR\] = \[2, 3\]"),
         ("lists", lambda x: BlockLists(x.idx, x.cnt.float()), "lists.cnt must be torch.int32"),
     ],
 )
@@ -44,6 +48,16 @@ def test_attention_names_what_does_not_fit(name, change, message):
     args[name] = change(args[name])
     with pytest.raises(ValueError, match=message):
         pbsa_attention(**args)
+
+
+def test_attention_names_a_wrong_promise_and_wrong_targets():
+    args = _attention_args()
+    with pytest.raises(ValueError, match="padding must be none, finite or any, got 'zero'"):
+        pbsa_attention(**args, padding="zero")
+    with pytest.raises(ValueError, match=r"grad_pages must be \[G, NC\] = \[2, any\], got \[1, 2\]"):
+        pbsa_attention(**args, grad_pages=torch.zeros(1, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="grad_pages must be torch.int32"):
+        pbsa_attention(**args, grad_pages=torch.zeros(2, 2, dtype=torch.int64))
 
 
 def _route_args() -> dict:
@@ -124,7 +138,6 @@ def test_auto_logs_each_choice_once(monkeypatch, caplog):
         ({"head_dim": 256}, "it needs a head dim of 16 to 128, got 256"),
         ({"block_tokens": 48}, "it needs blocks of 16, 32, 64, 128 tokens, got 48"),
         ({"candidates": 5000}, "it scores at most 4096 page slots a row, got 5000"),
-        ({"needs_grad": True}, "it has no backward"),
         ({"device": torch.device("mps")}, "it needs a device of type cuda, got mps"),
     ],
 )

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from pbsa_oracle import assert_within_eager_error, make_problem
-from sparse_forcing_pack.kernels import backend_report, route
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pbsa_oracle import assert_gradients_within_eager_error, assert_within_eager_error, make_problem
+from sparse_forcing_pack.kernels import backend_report, pool_pages, route
 from sparse_forcing_pack.kernels.pbsa.constraints import TRITON, Call
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +33,119 @@ def test_attention(dtype, tokens, dim):
 def test_attention_of_a_chunk(dtype, shared):
     problem = make_problem(groups=12, blocks=20, slots=96, tokens=64, dim=128, longest=60, shared=shared)
     assert_within_eager_error(problem.to(dtype).to("cuda"), "triton")
+
+
+@pytest.mark.parametrize("padding", ["finite", "none"])
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_attention_with_a_promise(padding, tokens, dim):
+    """Where a promise lets the copy engine in; lists of no page are among them."""
+    problem = make_problem(groups=12, blocks=9, slots=24, tokens=tokens, dim=dim, longest=17)
+    problem = problem.promising(padding).to(torch.bfloat16).to("cuda")
+    assert_within_eager_error(problem, "triton", padding=padding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients(dtype, tokens, shared):
+    problem = make_problem(groups=3, blocks=6, slots=12, tokens=tokens, dim=128, longest=9, shared=shared)
+    targets = torch.tensor([[11, 2, 5], [0, 1, 2], [7, 6, 4]], dtype=torch.int32, device="cuda")
+    problem = problem.to(dtype).to("cuda")
+    assert_gradients_within_eager_error(problem, "triton")
+    assert_gradients_within_eager_error(problem, "triton", grad_pages=targets)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    groups=st.integers(1, 5),
+    blocks=st.integers(1, 9),
+    slots=st.integers(1, 20),
+    tokens=st.sampled_from([16, 32, 64, 128]),
+    dim=st.sampled_from([64, 96, 128]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    padding=st.sampled_from(["any", "finite", "none"]),
+    data=st.data(),
+)
+def test_property_attention_and_gradients(groups, blocks, slots, tokens, dim, dtype, padding, data):
+    longest, shared = data.draw(st.integers(1, slots)), data.draw(st.booleans())
+    shape = {"groups": groups, "blocks": blocks, "slots": slots, "tokens": tokens, "dim": dim}
+    problem = make_problem(**shape, longest=longest, shared=shared, seed=data.draw(st.integers(0, 999)))
+    problem = problem.promising(padding).to(dtype).to("cuda")
+    assert_within_eager_error(problem, "triton", padding=padding)
+    assert_gradients_within_eager_error(problem, "triton", padding=padding)
+
+
+@pytest.mark.parametrize("padding", ["finite", "any"])
+def test_a_captured_chunk_never_waits_and_replays(padding):
+    """Pooling, router, attention and gradients, warmed up, in a CUDA graph: then nothing may wait for the device."""
+    problem = make_problem(groups=4, blocks=6, slots=16, tokens=64, dim=128, full=True).promising(padding)
+    problem = problem.to(torch.bfloat16).to("cuda")
+    slots = torch.arange(16, dtype=torch.int32, device="cuda").expand(4, -1)
+    pooled_k = pool_pages(problem.promising("finite").k_pages, problem.page_len)
+    leaves = [x.requires_grad_() for x in (problem.q, problem.k_pages, problem.v_pages)]
+    q_len = torch.full((4, 6), 64, dtype=torch.int32, device="cuda")
+
+    def chunk():
+        pooled_q = pool_pages(problem.q.detach(), q_len)
+        problem.lists, _ = route(pooled_q, pooled_k, slots[:, :4], slots[:, 4:], 5, backend="triton")
+        out, _ = problem.run("triton", padding=padding, grad_pages=slots[:, 10:].contiguous())
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    chunk()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = chunk()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chunk()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chunk()
+    for x in captured:
+        x.fill_(float("nan"))
+    graph.replay()
+    for found, want in zip(captured, expected):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("padding", ["any", "finite", "none"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_first_choice_is_right_here(tokens, padding, shared):
+    """No variant has to be passed over on this device."""
+    from sparse_forcing_pack.kernels.pbsa.triton import variants
+
+    p = make_problem(blocks=4, tokens=tokens, dim=128, shared=shared).promising(padding)
+    p = p.to(torch.bfloat16).to("cuda")
+    args = (p.q, p.k_pages, p.v_pages, p.page_len, *p.lists, padding)
+    shape = variants.shape_of(p.q, p.k_pages, p.v_pages, p.lists.cnt, padding)
+    wanted = [variant for variant in variants.VARIANTS if variant.wants(shape)]
+    assert variants.choose_variant(*args) == wanted[0]
+
+
+def test_growing_lengths_do_not_compile_anew():
+    from sparse_forcing_pack.kernels.pbsa.triton import forward
+
+    def compiled() -> int:
+        kernels = forward.forward_pointers, forward.forward_descriptors
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    for blocks, slots in ((4, 9), (6, 10)):  # warms up lists a block, for lengths that are and are not round
+        make_problem(blocks=blocks, slots=slots, tokens=64, dim=128).to(torch.bfloat16).to("cuda").run(
+            "triton"
+        )
+    before = compiled()
+    for blocks, slots in ((5, 17), (8, 32), (11, 161), (16, 48)):
+        make_problem(blocks=blocks, slots=slots, tokens=64, dim=128).to(torch.bfloat16).to("cuda").run(
+            "triton"
+        )
+    assert compiled() == before
 
 
 @pytest.mark.parametrize("slots", [48, 600, 2048])

@@ -1,6 +1,5 @@
 """PBSA in Triton. Importing this package imports Triton, so only `api` does it, once the constraints are met."""
 
-from .forward import attention
-from .router import route
+from .ops import attention, pool_pages, route
 
-__all__ = ["attention", "route"]
+__all__ = ["attention", "pool_pages", "route"]

@@ -7,23 +7,47 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(start, row_stride, rows, keep_rows, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Rows of D elements, element [row, dim] at start + row * row_stride + dim -> [rows, D_PAD], 0 where not kept."""
+def load_rows(start, offsets, keep, D: tl.constexpr, D_PAD: tl.constexpr, MASK: tl.constexpr):
+    """Rows of D elements, element [row, dim] at start + offsets[row] + dim -> [rows, D_PAD].
+
+    With MASK, 0 where `keep` [rows] is false, and nothing is read there; without it, every row is read.
+    """
     dims = tl.arange(0, D_PAD)
-    keep = keep_rows[:, None] & (dims < D)[None, :]
-    return tl.load(start + rows[:, None] * row_stride + dims[None, :], mask=keep, other=0.0)
+    at = start + (offsets[:, None] + dims[None, :])  # one loop-invariant tile of offsets, moved by a scalar
+    if MASK:
+        if D == D_PAD:
+            return tl.load(at, mask=keep[:, None], other=0.0)
+        else:
+            return tl.load(at, mask=keep[:, None] & (dims < D)[None, :], other=0.0)
+    else:
+        if D == D_PAD:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(dims < D)[None, :], other=0.0)
 
 
 @triton.jit
-def softmax_step(scores, top, mass):
-    """Take one tile of base-2 scores into a running softmax.
+def store_rows(start, offsets, tile, keep, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Write the rows of `tile` [rows, D_PAD] that `keep` [rows] names, [row, dim] to start + offsets[row] + dim."""
+    dims = tl.arange(0, D_PAD)
+    at = start + (offsets[:, None] + dims[None, :])  # one loop-invariant tile of offsets, moved by a scalar
+    if D == D_PAD:
+        tl.store(at, tile.to(start.dtype.element_ty), mask=keep[:, None])
+    else:
+        tl.store(at, tile.to(start.dtype.element_ty), mask=keep[:, None] & (dims < D)[None, :])
 
-    scores [rows, keys], -inf where masked; top [rows] running maximum; mass [rows] running sum of 2 ** (score - top).
+
+@triton.jit
+def softmax_step(scores, top, mass, scale_log2):
+    """Take one tile of scores into a running base-2 softmax of scores * scale_log2; scale_log2 > 0.
+
+    scores [rows, keys] unscaled, -inf where masked; top [rows] running maximum, scaled; mass [rows] running sum of
+    2 ** (score - top). Scale and shift are one multiply-add an element.
     -> weights [rows, keys], factor [rows] by which what was summed so far shrinks, and the new top and mass.
     """
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing kept yet: -inf - -inf would be NaN
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2(tl.fma(scores, scale_log2, -shift[:, None]))
     factor = tl.exp2(top - shift)
     return weights, factor, new_top, mass * factor + tl.sum(weights, axis=1)
 

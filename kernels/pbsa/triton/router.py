@@ -1,9 +1,11 @@
-"""The router in one kernel: one program scores one query block against its group's pages and writes its list.
+"""The router: pooled vectors, scores of every query block against every page slot, and a list for each query block.
 
 It works in slot order, so that compacting the kept pages by a running count gives an ascending list without a sort;
 `position_of` says which candidate a slot holds. Top-K is a threshold on distinct keys (score, then earlier position),
 found bit by bit. Each row's softmax goes to memory and is summed there: without float atomics the sum is reproducible.
-Letters as in `api`.
+
+Three small kernels instead of one: a program that scores 16 query blocks at once reads the pooled keys 16 times less
+often, and a row of scores fits one warp, whose sums need no barrier. Letters as in `api`.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import kth_largest_key, order_key
+from .primitives import kth_largest_key, load_rows, order_key
 
-_TILE = 16384  # elements of pooled keys held at a time: 64 registers a thread with 8 warps
+SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 32}
 
 
 def route(
@@ -23,53 +25,125 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, importance [G, NA + NL]."""
     groups, blocks, dim = pooled_q.shape
-    slots, fixed = pooled_k.shape[1], always.shape[1]
-    candidates = torch.cat([always, local], dim=1).long()
-    count = candidates.shape[1]
-    positions = torch.arange(count, dtype=torch.int32, device=candidates.device).expand(groups, -1)
-    position_of = torch.full((groups, slots), -1, dtype=torch.int32, device=candidates.device)
-    position_of.scatter_(1, candidates, positions)
-    idx = torch.empty((groups, blocks, fixed + keep), dtype=torch.int32, device=candidates.device)
-    shares = torch.empty((groups, blocks, count), dtype=torch.float32, device=candidates.device)
-    slots_pad = max(16, triton.next_power_of_2(slots))
-    dim_step = min(triton.next_power_of_2(dim), max(1, _TILE // slots_pad))
+    slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
+    device = pooled_q.device
+    position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
+    scores = torch.empty((groups, blocks, slots), dtype=torch.float32, device=device)
+    idx = torch.empty((groups, blocks, fixed + keep), dtype=torch.int32, device=device)
+    shares = torch.empty((groups, blocks, fixed + free), dtype=torch.float32, device=device)
+    slots_pad = max(32, triton.next_power_of_2(slots))
     with torch.cuda.device_of(pooled_q):
-        _route[(blocks, groups)](
-            pooled_q.contiguous(), pooled_k.contiguous(), position_of, idx, shares,
-            slots, count, fixed, keep, scale,
-            D=dim, D_STEP=dim_step, SLOTS=slots_pad, num_warps=8,
+        place_candidates[(groups,)](
+            always.contiguous(), local.contiguous(), position_of, slots, fixed, free, BLOCK=256, num_warps=4
+        )
+        score[(triton.cdiv(blocks, 16), triton.cdiv(slots, 64), groups)](
+            pooled_q.contiguous(), pooled_k.contiguous(), scores, blocks, slots, scale,
+            D=dim, **SCORE_TILE, num_warps=4,
+        )  # fmt: skip
+        select[(blocks, groups)](
+            scores, position_of, idx, shares, slots, fixed + free, fixed, keep,
+            SLOTS=slots_pad, num_warps=warps_for(slots_pad),
         )  # fmt: skip
     return idx, shares.sum(1)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_candidates", "fixed", "keep"])
-def _route(
-    pooled_q, pooled_k, position_of, idx, shares,
-    num_slots, num_candidates, fixed, keep, scale,
-    D: tl.constexpr, D_STEP: tl.constexpr, SLOTS: tl.constexpr,
+def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
+    """See `api.pool_pages`."""
+    groups, count, tokens, dim = pages.shape
+    pages = pages if pages.stride(-1) == 1 else pages.contiguous()
+    pooled = torch.empty((groups, count, dim), dtype=torch.float32, device=pages.device)
+    with torch.cuda.device_of(pages):
+        pool[(count, groups)](
+            pages, page_len.contiguous(), pooled, *pages.stride()[:3],
+            T=tokens, D=dim, D_PAD=triton.next_power_of_2(dim), num_warps=4,
+        )  # fmt: skip
+    return pooled
+
+
+def warps_for(slots: int) -> int:
+    """A thread holds up to 32 slots."""
+    return min(8, max(1, slots // 1024))
+
+
+@triton.jit
+def pool(
+    pages, page_len, pooled, pages_g, pages_s, pages_t, T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """pooled [G, n, D]: the mean of a page's valid tokens, 0 if there is none."""
+    g = tl.program_id(1).to(tl.int64)
+    s = tl.program_id(0).to(tl.int64)
+    page = g * tl.num_programs(0) + s
+    size = tl.load(page_len + page)
+    tokens = tl.arange(0, T)
+    tile = load_rows(pages + g * pages_g + s * pages_s, tokens * pages_t, tokens < size, D, D_PAD, True)
+    dims = tl.arange(0, D_PAD)
+    mean = tl.sum(tile.to(tl.float32), axis=0) / tl.maximum(size, 1).to(tl.float32)
+    tl.store(pooled + page * D + dims, mean, mask=dims < D)
+
+
+@triton.jit(do_not_specialize=["num_slots", "fixed", "free"])
+def place_candidates(always, local, position_of, num_slots, fixed, free, BLOCK: tl.constexpr):
+    """position_of [G, S]: the place of a slot in `always` followed by `local`, -1 where it is in neither."""
+    g = tl.program_id(0).to(tl.int64)
+    step = tl.arange(0, BLOCK)
+    for first in range(0, num_slots, BLOCK):
+        slot = first + step
+        tl.store(position_of + g * num_slots + slot, tl.full((BLOCK,), -1, tl.int32), mask=slot < num_slots)
+    tl.debug_barrier()  # all of a group's slots are blank before any is filled
+    for first in range(0, fixed, BLOCK):
+        at = first + step
+        slot = tl.load(always + g * fixed + at, mask=at < fixed, other=0)
+        tl.store(position_of + g * num_slots + slot, at, mask=at < fixed)
+    for first in range(0, free, BLOCK):
+        at = first + step
+        slot = tl.load(local + g * free + at, mask=at < free, other=0)
+        tl.store(position_of + g * num_slots + slot, fixed + at, mask=at < free)
+
+
+@triton.jit(do_not_specialize=["blocks", "num_slots"])
+def score(
+    pooled_q, pooled_k, scores, blocks, num_slots, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    """scores [G, NQ, S] = scale * q k^T in full float32; slots that are no candidate are scored and not looked at."""
+    g = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    row = g * blocks + rows
+    slot = g * num_slots + slots
+    acc = tl.zeros((ROWS, SLOTS), tl.float32)
+    for first in range(0, D, STEP):
+        dims = first + tl.arange(0, STEP)
+        inside = (dims < D)[None, :]
+        q = tl.load(
+            pooled_q + row[:, None] * D + dims[None, :], mask=(rows < blocks)[:, None] & inside, other=0.0
+        )
+        k = tl.load(
+            pooled_k + slot[:, None] * D + dims[None, :],
+            mask=(slots < num_slots)[:, None] & inside,
+            other=0.0,
+        )
+        acc = tl.dot(q * scale, tl.trans(k), acc, input_precision="ieee")
+    keep = (rows < blocks)[:, None] & (slots < num_slots)[None, :]
+    tl.store(scores + row[:, None] * num_slots + slots[None, :], acc, mask=keep)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_candidates", "fixed", "keep"])
+def select(scores, position_of, idx, shares, num_slots, num_candidates, fixed, keep, SLOTS: tl.constexpr):
+    """One row of scores -> its softmax over the candidates, and the slots it keeps."""
     g = tl.program_id(1).to(tl.int64)
     row = g * tl.num_programs(0) + tl.program_id(0)
     slots = tl.arange(0, SLOTS)
-    position = tl.load(position_of + g * num_slots + slots, mask=slots < num_slots, other=-1)
+    inside = slots < num_slots
+    position = tl.load(position_of + g * num_slots + slots, mask=inside, other=-1)
     listed = position >= 0
     free = position >= fixed  # a local page, to be chosen from
 
-    scores = tl.zeros((SLOTS,), tl.float32)
-    for first in range(0, D, D_STEP):
-        dims = first + tl.arange(0, D_STEP)
-        q = tl.load(pooled_q + row * D + dims, mask=dims < D, other=0.0) * scale
-        at = (g * num_slots + slots)[:, None] * D + dims[None, :]
-        keys = tl.load(
-            pooled_k + at, mask=listed[:, None] & (dims < D)[None, :], other=0.0
-        )  # [SLOTS, D_STEP]
-        scores += tl.sum(keys * q[None, :], axis=1)
-
-    scores = tl.where(listed, scores, float("-inf"))
-    weights = tl.exp(scores - tl.max(scores, axis=0))
+    found = tl.load(scores + row * num_slots + slots, mask=listed, other=float("-inf"))
+    weights = tl.exp(found - tl.max(found, axis=0))
     tl.store(shares + row * num_candidates + position, weights / tl.sum(weights, axis=0), mask=listed)
 
-    keys = tl.where(free, order_key(scores, position), -1)
+    keys = tl.where(free, order_key(found, position), -1)
     chosen = free & (keys >= kth_largest_key(keys, keep))  # none for keep = 0: no key reaches 2 ** 48 - 1
     kept = chosen | (listed & (position < fixed))
     rank = tl.cumsum(kept.to(tl.int32), axis=0) - 1

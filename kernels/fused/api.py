@@ -1,0 +1,250 @@
+"""The public face of the fused element-wise operations: checks what it is given, chooses a backend, hands over.
+
+All are for inference: no gradient is defined. Nothing here reads a value on the device. `backend` is auto, reference
+or triton, chosen as for PBSA (`pbsa.constraints`): ValueError for shapes, dtypes or devices that do not fit together,
+RuntimeError with the reason when the backend named cannot serve the call.
+
+Letters: B batch, N tokens of a chunk, H heads, D head dim, C = H * D, F frames of a chunk, NB blocks of a chunk, T rows
+of a block, G = B * H groups, S page slots of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pbsa.constraints import TRITON, backend_for
+from . import reference
+
+EPS = 1e-6  # Wan's
+
+
+def norm_rope_to_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pooled_k: Tensor,
+    *,
+    eps: float = EPS,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """From the projections of a chunk to what block-sparse attention and its router read.
+
+    q, k, v [B, N, C], rows may be strided (views of one fused projection); norm_q, norm_k [C], weights of the RMSNorm
+    over all heads; cos, sin [N, D/2] float32, for interleaved pairs; tokens [NB, T] int32: the chunk's token in each
+    row of each block, -1 behind a ragged block's end; slots [G, NB] int32 or int64: the page of each block, distinct
+    within a group.
+    Written in place: k_pages, v_pages [G, S, T, D] at `slots` (rows without a token become zero) and pooled_k
+    [G, S, D] float32, the mean of each page's keys as stored.
+
+    -> q blocks [G, NB, T, D] in the pages' dtype, and their means [G, NB, D] in pooled_k's dtype.
+    """
+    heads, dim = _check_projections(q, k, v, norm_q, norm_k, cos, sin)
+    blocks, rows = tokens.shape
+    groups = q.shape[0] * heads
+    _expect("k_pages", k_pages, (groups, None, rows, dim), q)
+    _expect("v_pages", v_pages, tuple(k_pages.shape), q)
+    _expect("slots", slots, (groups, blocks), q)
+    _expect("pooled_k", pooled_k, (groups, k_pages.shape[1], dim), q)
+    args = q, k, v, norm_q, norm_k, cos, sin, tokens, slots, k_pages, v_pages, pooled_k, eps
+    if _backend(backend, "norm_rope", q, dim, rows) == "triton":
+        from . import triton
+
+        return triton.norm_rope_to_pages(*args)
+    return reference.norm_rope_to_pages(*args)
+
+
+def norm_rope_to_frames(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    frame_slots: Tensor,
+    k_frames: Tensor,
+    v_frames: Tensor,
+    *,
+    eps: float = EPS,
+    backend: str = "auto",
+) -> Tensor:
+    """The same for attention that reads whole frames: normalised, rotated keys and the values enter a frame cache.
+
+    As `norm_rope_to_pages`, but k_frames, v_frames [B, S, tokens of a frame, H, D] are written at frame_slots [F]
+    int32 or int64, distinct. -> q [B, N, H, D] in their dtype.
+    """
+    heads, dim = _check_projections(q, k, v, norm_q, norm_k, cos, sin)
+    frames = frame_slots.shape[0]
+    if q.shape[1] % frames:
+        raise ValueError(f"{q.shape[1]} tokens are not {frames} whole frames")
+    _expect("k_frames", k_frames, (q.shape[0], None, q.shape[1] // frames, heads, dim), q)
+    _expect("v_frames", v_frames, tuple(k_frames.shape), q)
+    args = q, k, v, norm_q, norm_k, cos, sin, frame_slots, k_frames, v_frames, eps
+    if _backend(backend, "norm_rope", q, dim) == "triton":
+        from . import triton
+
+        return triton.norm_rope_to_frames(*args)
+    return reference.norm_rope_to_frames(*args)
+
+
+def blocks_to_tokens(
+    blocks: Tensor, tokens: Tensor, batch: int, count: int, *, backend: str = "auto"
+) -> Tensor:
+    """Blocks [G, NB, T, D] back to [B, N, C], heads side by side as the output projection wants them.
+
+    tokens [NB, T] int32 as for `norm_rope_to_pages`: each of the chunk's `count` tokens (N) stands in it once.
+    """
+    _expect("tokens", tokens, tuple(blocks.shape[1:3]), blocks)
+    if blocks.shape[0] % batch:
+        raise ValueError(f"{blocks.shape[0]} groups do not belong to a batch of {batch}")
+    if _backend(backend, "blocks_to_tokens", blocks, blocks.shape[3], blocks.shape[2]) == "triton":
+        from . import triton
+
+        return triton.blocks_to_tokens(blocks, tokens, batch, count)
+    return reference.blocks_to_tokens(blocks, tokens, batch, count)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = EPS, backend: str = "auto") -> Tensor:
+    """x [B, N, C] / sqrt(mean of squares + eps) * weight [C], in x's dtype."""
+    _expect("x", x, (None, None, None), x)
+    _expect("weight", weight, (x.shape[2],), x)
+    if _backend(backend, "row_norm", x) == "triton":
+        from . import triton
+
+        return triton.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    plus_one: bool = True,
+    eps: float = EPS,
+    backend: str = "auto",
+) -> Tensor:
+    """adaLN: LayerNorm(x) * (1 + scale) + shift, x [B, N, C], scale and shift [B, F, C], one vector a frame.
+
+    With plus_one False the factor is `scale` itself: weight and bias of an ordinary LayerNorm, expanded.
+    """
+    _check_rows(x, scale=scale, shift=shift)
+    if _backend(backend, "row_norm", x) == "triton":
+        from . import triton
+
+        return triton.residual_norm(x, None, None, scale, shift, plus_one, eps)[1]
+    return reference.modulated_norm(x, scale, shift, plus_one, eps)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None, *, backend: str = "auto") -> Tensor:
+    """x + gate * y: the residual stream x and a branch's output y [B, N, C], gate [B, F, C] or None for 1."""
+    _check_rows(x, y=y, gate=gate)
+    if _backend(backend, "row_norm", x) == "triton":
+        from . import triton
+
+        return triton.residual_norm(x, y, gate, None, None, True, EPS)[0]
+    return reference.gated_residual(x, y, gate)
+
+
+def gated_residual_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    plus_one: bool = True,
+    eps: float = EPS,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual`, then `modulated_norm` of the sum for the next branch: (sum, norm), in one pass over memory."""
+    _check_rows(x, y=y, gate=gate, scale=scale, shift=shift)
+    if _backend(backend, "row_norm", x) == "triton":
+        from . import triton
+
+        return triton.residual_norm(x, y, gate, scale, shift, plus_one, eps)
+    x = reference.gated_residual(x, y, gate)
+    return x, reference.modulated_norm(x, scale, shift, plus_one, eps)
+
+
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """One attention from two over different keys: out_a, out_b [G, NB, T, D] with the natural log of each softmax's
+    sum, lse_a, lse_b [G, NB, T] float32. What read nothing (lse -inf) has no share; where both did, 0.
+    """
+    _expect("out_b", out_b, tuple(out_a.shape), out_a)
+    _expect("lse_a", lse_a, tuple(out_a.shape[:3]), out_a)
+    _expect("lse_b", lse_b, tuple(out_a.shape[:3]), out_a)
+    if _backend(backend, "merge_attention", out_a, out_a.shape[3]) == "triton":
+        from . import triton
+
+        return triton.merge_attention(out_a, lse_a, out_b, lse_b)
+    return reference.merge_attention(out_a, lse_a, out_b, lse_b)
+
+
+def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Rows in 8 bits for a product: x [R, C] -> (float8_e4m3fn [R, C], scale [R, 1] float32), x = float8 * scale.
+
+    The largest element of a row becomes 448. gelu: of GELU(x) (tanh form) instead, so that a feed-forward's widest
+    tensor is read once and written in 8 bits.
+    """
+    _expect("x", x, (None, None), x)
+    if backend == "auto" and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        backend = "reference"  # Triton has no such floats for older devices
+    if _backend(backend, "quantise_rows", x) == "triton":
+        from . import triton
+
+        return triton.quantise_rows(x, gelu)
+    return reference.quantise_rows(x, gelu)
+
+
+def _backend(backend: str, operation: str, x: Tensor, dim: int | None = None, rows: int | None = None) -> str:
+    """PBSA's choice; an operation on whole rows has no head dim of its own, so any that fits stands for it."""
+    return backend_for(backend, operation, x.device, x.dtype, dim or TRITON.head_dim[1], rows)  # type: ignore[index]
+
+
+def _check_projections(q, k, v, norm_q, norm_k, cos, sin) -> tuple[int, int]:
+    """-> (H, D) of projections that fit their tables."""
+    _expect("q", q, (None, None, None), q)
+    _, count, width = q.shape
+    dim = 2 * cos.shape[-1]
+    if dim == 0 or width % dim:
+        raise ValueError(f"cos is for a head dim of {dim}, which does not divide q's width {width}")
+    for name, x in (("k", k), ("v", v)):
+        _expect(name, x, tuple(q.shape), q)
+    for name, x in (("norm_q", norm_q), ("norm_k", norm_k)):
+        _expect(name, x, (width,), q)
+    for name, x in (("cos", cos), ("sin", sin)):
+        _expect(name, x, (count, dim // 2), q)
+    return width // dim, dim
+
+
+def _check_rows(x: Tensor, *, y: Tensor | None = None, **per_frame: Tensor | None) -> None:
+    _expect("x", x, (None, None, None), x)
+    if y is not None:
+        _expect("y", y, tuple(x.shape), x)
+    for name, vector in per_frame.items():
+        if vector is None:
+            continue
+        _expect(name, vector, (x.shape[0], None, x.shape[2]), x)
+        if x.shape[1] % vector.shape[1]:
+            raise ValueError(f"{name} has {vector.shape[1]} frames, which do not divide {x.shape[1]} tokens")
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """Raise ValueError unless x has this shape (None: any size) and lies where `like` does."""
+    if x.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, x.shape)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {x.device}")

@@ -1,0 +1,147 @@
+"""The fused element-wise operations in plain PyTorch: this file defines what is correct.
+
+Precision. Inputs are widened to float32 (float64 stays float64, the yardstick of tests) and every result is rounded
+once, when it is stored in its tensor. Two things are computed from values that were rounded before: pooled vectors are
+means of keys and queries as stored, and the norm behind a residual sees the sum as stored. So a stage gives the same
+numbers whether it runs alone or fused with the one before it.
+
+Letters: B batch, N tokens of a chunk, H heads, D head dim, C = H * D, F frames, NB blocks of a chunk, T rows of a
+block, G = B * H groups, S page slots of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8_MAX = 448.0  # largest float8_e4m3fn
+SMALLEST = 1e-12  # a row of zeros has a scale too
+
+
+def norm_rope_to_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pooled_k: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See `api.norm_rope_to_pages`."""
+    dtype = k_pages.dtype
+    q_blocks, k_blocks = (
+        _pack(_norm_rope(x, weight, cos, sin, eps).to(dtype), tokens)
+        for x, weight in ((q, norm_q), (k, norm_k))
+    )
+    v_blocks = _pack(v.unflatten(2, (-1, 2 * cos.shape[1])).to(dtype), tokens)
+    at = (torch.arange(slots.shape[0], device=slots.device)[:, None], slots.long())
+    k_pages[at], v_pages[at] = k_blocks, v_blocks
+    count = (tokens >= 0).sum(1).clamp(min=1)[:, None]
+    pooled_q, new_pooled_k = (x.to(pooled_k.dtype).sum(2) / count for x in (q_blocks, k_blocks))
+    pooled_k[at] = new_pooled_k
+    return q_blocks, pooled_q
+
+
+def norm_rope_to_frames(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    frame_slots: Tensor,
+    k_frames: Tensor,
+    v_frames: Tensor,
+    eps: float,
+) -> Tensor:
+    """See `api.norm_rope_to_frames`."""
+    dtype, frames = k_frames.dtype, len(frame_slots)
+    q, k = (_norm_rope(x, w, cos, sin, eps).to(dtype) for x, w in ((q, norm_q), (k, norm_k)))
+    v = v.unflatten(2, (-1, 2 * cos.shape[1])).to(dtype)
+    k_frames[:, frame_slots.long()] = k.unflatten(1, (frames, -1))
+    v_frames[:, frame_slots.long()] = v.unflatten(1, (frames, -1))
+    return q
+
+
+def blocks_to_tokens(blocks: Tensor, tokens: Tensor, batch: int, count: int) -> Tensor:
+    """See `api.blocks_to_tokens`."""
+    rows = blocks.unflatten(0, (batch, -1)).flatten(2, 3).transpose(1, 2)  # [B,NB*T,H,D]
+    out = rows.new_empty(
+        batch, count + 1, *rows.shape[2:]
+    )  # the last row takes what stands behind ragged ends
+    out.index_copy_(1, tokens.flatten().long().remainder(count + 1), rows)  # -1 is the last
+    return out[:, :count].flatten(2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `api.rms_norm`."""
+    return _rms_norm(x, weight, eps).to(x.dtype)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """See `api.gated_residual`."""
+    wide = _wide(y)
+    if gate is not None:
+        wide = wide * _per_token(gate, y)
+    return (_wide(x) + wide).to(x.dtype)
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, plus_one: bool, eps: float) -> Tensor:
+    """See `api.modulated_norm`."""
+    wide = _wide(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    normal = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (normal * (_per_token(scale, x) + int(plus_one)) + _per_token(shift, x)).to(x.dtype)
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """See `api.merge_attention`."""
+    total = torch.logaddexp(lse_a, lse_b)
+    share_a, share_b = ((lse - total).exp().nan_to_num(0)[..., None] for lse in (lse_a, lse_b))
+    return (_wide(out_a) * share_a + _wide(out_b) * share_b).to(out_a.dtype)
+
+
+def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """See `api.quantise_rows`."""
+    wide = x.float()
+    if gelu:
+        wide = F.gelu(wide, approximate="tanh")
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / FP8_MAX
+    return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def _norm_rope(x_BNC: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """[B, N, C] -> normalised over C, then rotated per head [B, N, H, D]; wide."""
+    pairs = _rms_norm(x_BNC, weight, eps).unflatten(2, (-1, cos.shape[1], 2))
+    even, odd = pairs.unbind(-1)
+    cos, sin = (table[:, None].to(pairs.dtype) for table in (cos, sin))
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(3)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _wide(x)
+    return wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide.dtype)
+
+
+def _pack(x_BNHD: Tensor, tokens: Tensor) -> Tensor:
+    """[B, N, H, D] -> [G, NB, T, D] by the table `tokens` [NB, T]; rows of -1 are zero."""
+    blocks = x_BNHD.transpose(1, 2).flatten(0, 1)[:, tokens.clamp(min=0).long()]
+    return blocks.masked_fill((tokens < 0)[..., None], 0)
+
+
+def _per_token(x_BFC: Tensor, like_BNC: Tensor) -> Tensor:
+    """One vector a frame -> one a token, wide."""
+    wide = _wide(x_BFC) if like_BNC.dtype != torch.float64 else x_BFC.double()
+    return wide.repeat_interleave(like_BNC.shape[1] // x_BFC.shape[1], dim=1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,14 @@
+"""The fused operations in Triton. Importing this package imports Triton, so only `api` does it."""
+
+from .place import blocks_to_tokens, norm_rope_to_frames, norm_rope_to_pages
+from .rows import merge_attention, quantise_rows, residual_norm, rms_norm
+
+__all__ = [
+    "blocks_to_tokens",
+    "merge_attention",
+    "norm_rope_to_frames",
+    "norm_rope_to_pages",
+    "quantise_rows",
+    "residual_norm",
+    "rms_norm",
+]

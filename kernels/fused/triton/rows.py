@@ -1,0 +1,175 @@
+"""Row kernels: one program holds one token's whole width, so that a norm reads it once.
+
+`_residual_norm` is a branch's gate and residual and the next branch's adaLN in one pass; each part can be left out.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import FP8_MAX, SMALLEST
+
+MERGED_ROWS = 32  # of two attentions, a program
+
+
+def residual_norm(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    plus_one: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x, y [B, N, C]; gate, scale, shift [B, F, C] or None -> (x + gate * y, its modulated norm).
+
+    Without y the sum is x itself; without scale the norm is the sum itself.
+    """
+    batch, tokens, width = x.shape
+    x = x.contiguous()
+    y = None if y is None else y.contiguous()
+    total = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normal = total if scale is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gate, scale, shift = (
+        None if t is None else t if t.stride(2) == 1 else t.contiguous() for t in (gate, scale, shift)
+    )
+
+    def per_frame(vector: Tensor | None) -> tuple[int, int, int]:
+        """Tokens a frame, and how far apart batch items and frames lie; a frame of one stands still."""
+        if vector is None:
+            return 1, 0, 0
+        return tokens // vector.shape[1], vector.stride(0), vector.stride(1)
+
+    with torch.cuda.device_of(x):
+        _residual_norm[(tokens, batch)](
+            x, y, gate, scale, shift, total, normal,
+            *per_frame(gate), *per_frame(scale), *per_frame(shift), eps,
+            C=width, BLOCK=triton.next_power_of_2(width), PLUS_ONE=plus_one,
+            num_warps=_warps(width),
+        )  # fmt: skip
+    return total, normal
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [B, N, C], weight [C] -> [B, N, C], contiguous."""
+    batch, tokens, width = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        _rms_norm[(tokens, batch)](
+            x, weight.contiguous(), out, *x.stride()[:2], eps,
+            C=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        )  # fmt: skip
+    return out
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """See `api.merge_attention`."""
+    out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
+    out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
+    count, dim = lse_a.numel(), out_a.shape[-1]
+    with torch.cuda.device_of(out_a):
+        _merge[(triton.cdiv(count, MERGED_ROWS),)](
+            out_a, lse_a, out_b, lse_b, out, count,
+            D=dim, ROWS=MERGED_ROWS, D_PAD=triton.next_power_of_2(dim), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """See `api.quantise_rows`."""
+    count, width = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((count, 1), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _quantise_rows[(count,)](
+            x, out, scale, x.stride(0), FP8_MAX, SMALLEST,
+            C=width, BLOCK=triton.next_power_of_2(width), GELU=gelu, num_warps=_warps(width),
+        )  # fmt: skip
+    return out, scale
+
+
+def _warps(width: int) -> int:
+    """16 elements a thread, or more where a row is very wide."""
+    return min(8, max(1, triton.next_power_of_2(width) // 512))
+
+
+@triton.jit(do_not_specialize=["gate_tokens", "scale_tokens", "shift_tokens"])
+def _residual_norm(
+    x, y, gate, scale, shift, total, normal,
+    gate_tokens, gate_b, gate_f, scale_tokens, scale_b, scale_f, shift_tokens, shift_b, shift_f, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
+):  # fmt: skip
+    token, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    keep = cols < C
+    row = (b * tl.num_programs(0) + token) * C + cols
+    value = tl.load(x + row, mask=keep, other=0.0).to(tl.float32)
+    if y is not None:
+        branch = tl.load(y + row, mask=keep, other=0.0).to(tl.float32)
+        if gate is not None:
+            at = b * gate_b + (token // gate_tokens).to(tl.int64) * gate_f + cols
+            branch *= tl.load(gate + at, mask=keep, other=0.0).to(tl.float32)
+        stored = (value + branch).to(total.dtype.element_ty)
+        tl.store(total + row, stored, mask=keep)
+        value = stored.to(tl.float32)  # what later layers will read
+    if scale is not None:
+        centred = tl.where(keep, value - tl.sum(value, axis=0) / C, 0.0)
+        inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+        at = b * scale_b + (token // scale_tokens).to(tl.int64) * scale_f + cols
+        factor = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
+        if PLUS_ONE:
+            factor += 1.0
+        at = b * shift_b + (token // shift_tokens).to(tl.int64) * shift_f + cols
+        offset = tl.load(shift + at, mask=keep, other=0.0).to(tl.float32)
+        tl.store(normal + row, (centred * inverse * factor + offset).to(normal.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _rms_norm(x, weight, out, x_b, x_n, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+    token, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    keep = cols < C
+    value = tl.load(x + b * x_b + token * x_n + cols, mask=keep, other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / C + eps)
+    factor = tl.load(weight + cols, mask=keep, other=0.0).to(tl.float32)
+    at = (b * tl.num_programs(0) + token) * C + cols
+    tl.store(out + at, (value * inverse * factor).to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _merge(out_a, lse_a, out_b, lse_b, out, count, D: tl.constexpr, ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, D_PAD)
+    a = tl.load(lse_a + rows, mask=rows < count, other=float("-inf"))
+    b = tl.load(lse_b + rows, mask=rows < count, other=float("-inf"))
+    top = tl.maximum(a, b)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    a, b = tl.exp(a - top), tl.exp(b - top)
+    total = a + b
+    total = tl.where(total == 0.0, 1.0, total)
+    at = rows[:, None] * D + dims[None, :]
+    keep = (rows < count)[:, None] & (dims < D)[None, :]
+    tile_a = tl.load(out_a + at, mask=keep, other=0.0).to(tl.float32) * (a / total)[:, None]
+    tile_b = tl.load(out_b + at, mask=keep, other=0.0).to(tl.float32) * (b / total)[:, None]
+    tl.store(out + at, (tile_a + tile_b).to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _quantise_rows(
+    x, out, scale, x_n, largest, smallest, C: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    value = tl.load(x + row * x_n + cols, mask=cols < C, other=0.0).to(tl.float32)
+    if GELU:  # 0.5 v (1 + tanh(u)) is v * sigmoid(2 u)
+        inner = 1.5957691216057308 * (value + 0.044715 * value * value * value)
+        value = value / (1.0 + tl.exp(-inner))
+    unit = tl.maximum(tl.max(tl.abs(value), axis=0), smallest) / largest
+    rounded = tl.minimum(tl.maximum(value / unit, -largest), largest).to(out.dtype.element_ty)
+    tl.store(out + row * C + cols, rounded, mask=cols < C)
+    tl.store(scale + row, unit)

@@ -1,0 +1,241 @@
+"""Backward PBSA: query gradients over the forward lists, page gradients over the transposed lists; no atomics.
+
+With w = exp(s - lse) the softmax's weights, as the forward saved them in lse:
+
+    ds = w * (dO v^T - delta),  delta = rowsum(O * dO) - dlse
+    dQ = scale * ds K           a program owns a tile of query rows and walks its list, like the forward
+    dK = scale * ds^T Q         a program owns a tile of one page and walks the query blocks that read the page
+    dV = w^T dO
+
+Every sum is taken by one program in a fixed order: equal inputs give equal bits. The transposed lists are built on the
+device. Products as in `forward`; ds and w are rounded to the inputs' dtype before their products. Letters as in `api`,
+and NC: pages that want a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .forward import PADDING, precision, unit_rows
+from .primitives import load_rows, store_rows
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Query rows and keys of one step, both dividing T; warps and stages of the launch."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def tiles_for(capability: tuple[int, int], dtype: torch.dtype, tokens: int) -> tuple[Tile, Tile]:
+    """The tiles of the query and of the page kernel: they compile without spills of note, and fit shared memory.
+
+    Hopper and the large Blackwell have 227 KiB of it a program, Ampere's A100 163, everything else 99.
+    """
+    if dtype == torch.float32:
+        small = Tile(min(tokens, 32), min(tokens, 32), 4, 1)
+        return small, small
+    if tokens == 128 and capability[0] in (9, 10):
+        return Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)
+    side = min(tokens, 64)
+    return Tile(side, side, 4, 3), Tile(side, side, 8 if side == 64 else 4, 2)
+
+
+def backward(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, *rest):
+    """`launch` with the tiles that suit the device."""
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    return launch(tiles_for(capability, q.dtype, q.shape[2]), grad_out, grad_lse, out, lse, q, *rest)
+
+
+def launch(
+    tiles: tuple[Tile, Tile],
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_len: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    targets: Tensor | None,
+    scale: float,
+    padding: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `api.pbsa_attention`; idx [G, NR, M], cnt [G, NR], targets [G, NC] int32 slots or None.
+
+    -> dq like q; dk, dv [G, NC, T, D] of the target pages (empty without targets).
+    """
+    groups, blocks, tokens, dim = q.shape
+    q, k_pages, v_pages = unit_rows(q), unit_rows(k_pages), unit_rows(v_pages)
+    page_len, idx, cnt, grad_out = (x.contiguous() for x in (page_len, idx, cnt, grad_out))
+    strides = (*q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3])
+    slots, lists = k_pages.shape[1], cnt.shape[1]
+    scales = scale, scale * math.log2(math.e)
+    common = {"T": tokens, "D": dim, "D_PAD": triton.next_power_of_2(dim)}
+    common |= {"PADDING": PADDING[padding], "PRECISION": precision(q.dtype)}
+    query_tile, page_tile = tiles
+    count = 0 if targets is None else targets.shape[1]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty((groups, count, tokens, dim), dtype=q.dtype, device=q.device) for _ in range(2))
+    delta, lse_log2 = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
+    with torch.cuda.device_of(q):
+        _delta[(triton.cdiv(lse.numel(), 32),)](
+            out.contiguous(), grad_out, lse.contiguous(), grad_lse.contiguous(), delta, lse_log2, lse.numel(),
+            D=dim, D_PAD=common["D_PAD"], ROWS=32, num_warps=4,
+        )  # fmt: skip
+        list_rows = blocks // lists * tokens  # query rows that one list serves
+        pieces = triton.cdiv(list_rows, query_tile.rows)
+        backward_queries[(lists * pieces, groups)](
+            q, k_pages, v_pages, page_len, idx, cnt, grad_out, lse_log2, delta, dq, *strides,
+            pieces, list_rows, lists, idx.shape[2], slots, *scales, **common, **query_tile.options(),
+        )  # fmt: skip
+        if targets is None or count == 0:
+            return dq, dk, dv
+        readers, reader_cnt = transpose_lists(idx, cnt, targets, blocks, slots)
+        backward_pages[(count * (tokens // page_tile.keys), groups)](
+            q, k_pages, v_pages, page_len, targets.contiguous(), readers, reader_cnt, grad_out, lse_log2, delta,
+            dk, dv, *strides, count, blocks, slots, *scales, **common, **page_tile.options(),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def transpose_lists(
+    idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int, slots: int
+) -> tuple[Tensor, Tensor]:
+    """For each target page the query blocks that read it, ascending: readers [G, NC, NQ], their number [G, NC], int32.
+
+    idx [G, NR, M], cnt [G, NR], targets [G, NC] distinct slots. Plain torch, nothing waits for the device.
+    """
+    groups, lists, longest = idx.shape
+    count = targets.shape[1]
+    place = torch.full((groups, slots), count, dtype=torch.int64, device=idx.device)  # count: not a target
+    place.scatter_(1, targets.long(), torch.arange(count, device=idx.device).expand(groups, -1))
+    entry = place.gather(1, idx.long().flatten(1)).view(idx.shape)
+    listed = torch.arange(longest, device=idx.device) < cnt[..., None]
+    reads = torch.zeros((groups, lists, count + 1), dtype=torch.bool, device=idx.device)
+    reads.scatter_(2, entry.masked_fill(~listed, count), True)
+    reads = reads[..., :count].transpose(1, 2)  # [G, NC, NR]
+    reads = reads.repeat_interleave(blocks // lists, dim=2)  # a list is every block's that it serves
+    readers = (~reads).to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32)
+    return readers.contiguous(), reads.sum(-1, dtype=torch.int32)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _delta(
+    out, grad_out, lse, grad_lse, delta, lse_log2, num_rows,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(out * grad_out) - grad_lse, and lse for base 2: +inf where nothing is kept, so that w is 0."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    keep = row < num_rows
+    o = load_rows(out, row * D, keep, D, D_PAD, True).to(tl.float32)
+    do = load_rows(grad_out, row * D, keep, D, D_PAD, True).to(tl.float32)
+    row_lse = tl.load(lse + row, mask=keep, other=0.0)
+    some = row_lse != float("-inf")
+    row_delta = tl.sum(o * do, axis=1) - tl.load(grad_lse + row, mask=keep, other=0.0)
+    tl.store(delta + row, tl.where(some, row_delta, 0.0), mask=keep)
+    tl.store(lse_log2 + row, tl.where(some, row_lse * 1.4426950408889634, float("inf")), mask=keep)
+
+
+@triton.jit(do_not_specialize=["tiles", "list_rows", "num_lists", "longest", "num_slots"])
+def backward_queries(
+    q, k, v, page_len, idx, cnt, grad_out, lse_log2, delta, dq,
+    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    tiles, list_rows, num_lists, longest, num_slots, scale, scale_log2,
+    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDING: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of ROWS query rows, ROWS and KEYS dividing T."""
+    g = tl.program_id(1).to(tl.int64)
+    which = tl.program_id(0) // tiles
+    rows = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    keep = rows < list_rows
+    row = which * list_rows + rows
+    q_at = (row // T).to(tl.int64) * q_n + (row % T).to(tl.int64) * q_t
+    row = g * num_lists * list_rows + row  # over all groups
+    q_tile = load_rows(q + g * q_g, q_at, keep, D, D_PAD, False)  # [ROWS, D_PAD]
+    do_tile = load_rows(grad_out, row * D, keep, D, D_PAD, False)
+    row_lse = tl.load(lse_log2 + row)
+    row_delta = tl.load(delta + row)
+
+    acc = tl.zeros((ROWS, D_PAD), tl.float32)
+    row_of_lists = g * num_lists + which
+    pages = idx + row_of_lists * longest
+    lens = page_len + g * num_slots
+    k += g * k_g
+    v += g * v_g
+    PARTS: tl.constexpr = T // KEYS
+    for i in range(tl.load(cnt + row_of_lists) * PARTS):
+        slot = tl.load(pages + i // PARTS).to(tl.int64)
+        tokens = (i % PARTS) * KEYS + tl.arange(0, KEYS)
+        valid = tokens < T
+        if PADDING > 0:
+            valid = tokens < tl.load(lens + slot)
+        k_tile = load_rows(k + slot * k_s, tokens * k_t, valid, D, D_PAD, PADDING == 2)  # [KEYS, D_PAD]
+        v_tile = load_rows(v + slot * v_s, tokens * v_t, valid, D, D_PAD, PADDING == 2)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
+        if PADDING > 0:
+            weights = tl.where(valid[None, :], weights, 0.0)
+        ds = weights * (tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None])
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    store_rows(dq, row * D, acc * scale, keep, D, D_PAD)
+
+
+@triton.jit(do_not_specialize=["num_targets", "blocks", "num_slots"])
+def backward_pages(
+    q, k, v, page_len, targets, readers, reader_cnt, grad_out, lse_log2, delta, dk, dv,
+    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    num_targets, blocks, num_slots, scale, scale_log2,
+    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDING: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of KEYS tokens of one target page, ROWS and KEYS dividing T. Scores stand transposed: [KEYS, ROWS]."""
+    g = tl.program_id(1).to(tl.int64)
+    PARTS: tl.constexpr = T // KEYS
+    target = g * num_targets + tl.program_id(0) // PARTS
+    tokens = (tl.program_id(0) % PARTS) * KEYS + tl.arange(0, KEYS)
+    slot = tl.load(targets + target).to(tl.int64)
+    valid = tokens < T
+    if PADDING > 0:
+        valid = tokens < tl.load(page_len + g * num_slots + slot)
+    k_tile = load_rows(k + g * k_g + slot * k_s, tokens * k_t, valid, D, D_PAD, PADDING == 2)  # [KEYS, D_PAD]
+    v_tile = load_rows(v + g * v_g + slot * v_s, tokens * v_t, valid, D, D_PAD, PADDING == 2)
+
+    dk_acc = tl.zeros((KEYS, D_PAD), tl.float32)
+    dv_acc = tl.zeros((KEYS, D_PAD), tl.float32)
+    q += g * q_g
+    STEPS: tl.constexpr = T // ROWS  # a query block is read in pieces of ROWS rows
+    in_piece = tl.arange(0, ROWS)
+    for i in range(tl.load(reader_cnt + target) * STEPS):
+        n = tl.load(readers + target * blocks + i // STEPS).to(tl.int64)
+        rows = (i % STEPS) * ROWS + in_piece
+        first = (g * blocks + n) * T  # the block's first row, over all groups
+        q_tile = load_rows(q + n * q_n, rows * q_t, rows < T, D, D_PAD, False)  # [ROWS, D_PAD]
+        do_tile = load_rows(grad_out + first * D, rows * D, rows < T, D, D_PAD, False)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        weights = tl.exp2(scores * scale_log2 - tl.load(lse_log2 + first + rows)[None, :])
+        if PADDING > 0:
+            weights = tl.where(valid[:, None], weights, 0.0)
+        dv_acc = tl.dot(weights.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
+        dw = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+        ds = weights * (dw - tl.load(delta + first + rows)[None, :])
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+    at = (target * T + tokens) * D
+    keep = tokens < T
+    store_rows(dk, at, dk_acc * scale, keep, D, D_PAD)
+    store_rows(dv, at, dv_acc, keep, D, D_PAD)

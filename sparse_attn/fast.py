@@ -1,0 +1,755 @@
+"""A fast pass of `WanModel` over one chunk: the same numbers, fewer trips through memory, one launch.
+
+    fast, why = choose_pass(model, memory)         # FastPass, or ComposablePass and the reason
+    memory.begin_chunk(frames)
+    flow = fast(x, sigma, cross_kv)                # as often as the sampler wants
+    memory.end_chunk()
+
+The composable pass, `WanModel.forward` with `StreamState.attend`, stays the definition, and serves models that somebody
+has patched. This one holds the block's products apart from what lies between them, which `kernels.fused` does in four
+stages a block: norm + RoPE + cache write + pooling, and three times gate + residual + the next branch's norm. On a GPU
+the whole pass is captured as a CUDA graph when a kind of chunk is met for the second time: page tables, time and
+positions are data that are copied in, so one graph serves every later chunk.
+
+For inference: no gradients. Shapes as in `wan` and `state`; L layers, NP persistent and NW window pages of a group.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from inspect import signature
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.attention
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..kernels import BlockLists, fused, pbsa_attention
+from .frame_cache import FrameCache
+from .memory import PagedKV
+from .router import choose_blocks
+from .state import StreamState, sdpa
+from .wan import (
+    PATCH,
+    Block,
+    CrossAttention,
+    Head,
+    SelfAttention,
+    WanModel,
+    frame_timesteps,
+    timestep_embedding,
+)
+
+logger = logging.getLogger("sparse_forcing.fast")
+
+Result = TypeVar("Result")
+Product = Callable[[Tensor], Tensor]  # x [B, N, in] -> [B, N, out]
+CrossKV = list[tuple[Tensor, Tensor]]  # of `WanModel.cross_kv`
+EXACT, FIRST, LATER = "exact", "first", "later"  # kinds of pass, see FastPass._kind
+KNOWN = (
+    WanModel, Block, SelfAttention, CrossAttention, Head, torch.nn.Linear, torch.nn.LayerNorm, torch.nn.RMSNorm,
+    torch.nn.Conv3d, torch.nn.GELU, torch.nn.SiLU, torch.nn.Sequential, torch.nn.ModuleList,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FastOptions:
+    """How a fast pass is computed. The defaults are exact; every other choice trades error for time.
+
+    fuse_qkv: one product for q, k and v. The model's own weights become views of the joint one, so none is held twice.
+    graphs: capture CUDA graphs.
+    fp8: linear layers of the blocks in 8 bits, a scale a row of weights and a scale a token.
+    persistent_in_topk: persistent pages take part in Top-K, which then keeps the share `topk` of all pages.
+    router_once: the first pass of a chunk chooses the pages for the later ones; the clean pass chooses anew.
+    reuse_persistent: attention over the persistent pages is computed in the first pass of a chunk and reused, as
+        (output, log-sum-exp), by the later ones; the clean pass is exact.
+    The last three belong to mode "sparse".
+    """
+
+    fuse_qkv: bool = True
+    graphs: bool = True
+    fp8: bool = False
+    persistent_in_topk: bool = False
+    router_once: bool = False
+    reuse_persistent: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError for choices that exclude each other."""
+        if self.persistent_in_topk and self.reuse_persistent:
+            raise ValueError(
+                "persistent_in_topk reads some persistent pages a query block, reuse_persistent all of them at once: "
+                "use one of the two."
+            )
+
+    @property
+    def approximate(self) -> list[str]:
+        """Names of the options in use that change the result."""
+        names = ("fp8", "persistent_in_topk", "router_once", "reuse_persistent")
+        return [name for name in names if getattr(self, name)]
+
+
+class Pass(Protocol):
+    """One pass over the chunk that the memory has open: x [B, C, F, H, W], sigma -> flow in x's dtype."""
+
+    def __call__(self, x_BCFHW: Tensor, sigma: float, cross_kv: CrossKV) -> Tensor: ...
+
+
+@dataclass
+class ComposablePass:
+    """`WanModel.forward` with `StreamState.attend`, whatever either of them is made of."""
+
+    model: WanModel
+    memory: StreamState
+
+    @torch.no_grad()
+    def __call__(self, x_BCFHW: Tensor, sigma: float, cross_kv: CrossKV) -> Tensor:
+        timesteps = frame_timesteps(sigma, x_BCFHW.shape[0], x_BCFHW.shape[2], x_BCFHW.device)
+        return self.model(x_BCFHW, timesteps, cross_kv, self.memory.attend, self.memory.t_start)
+
+
+def choose_pass(model: WanModel, memory: StreamState, options: FastOptions | None = None) -> tuple[Pass, str]:
+    """The pass for this model and stream, and in words which one it is and why; also logged.
+
+    Raises ValueError where approximate options are asked for and the fast pass cannot serve: they cannot be ignored.
+    """
+    options = options or FastOptions()
+    reason = why_not_fast(model, memory, options)
+    if reason is None:
+        extras = ", ".join(options.approximate) or "exact"
+        said = f"fast pass ({extras}): the model is a plain WanModel"
+        chosen: Pass = FastPass(FastModel(model, options), memory)
+    elif options.approximate:
+        raise ValueError(
+            f"{', '.join(options.approximate)} needs the fast pass, which cannot serve: {reason}"
+        )
+    else:
+        said = f"composable pass: {reason}"
+        chosen = ComposablePass(model, memory)
+    logger.info(said)
+    return chosen, said
+
+
+def why_not_fast(model: WanModel, memory: StreamState, options: FastOptions | None = None) -> str | None:
+    """Why the fast pass cannot serve this model and stream, or None."""
+    options = options or FastOptions()
+    options.validate()
+    for name, module in model.named_modules():
+        if reason := _patched(module):
+            return f"{name or 'the model'} {reason}"
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) != 1:
+        return f"its weights are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    if memory.dtype not in dtypes:
+        return f"the memory keeps {memory.dtype}, the model computes in {dtypes.pop()}"
+    if (memory.layers, memory.heads, memory.head_dim) != (model.num_layers, model.num_heads, model.head_dim):
+        return "the memory was made for a model of other widths"
+    return fp8_missing(model.head.head.weight.device) if options.fp8 else None
+
+
+def fp8_missing(device: torch.device) -> str | None:
+    """Why linear layers in 8 bits cannot run on `device`, or None. A CPU computes them in float32, for reference."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or not hasattr(torch, "_scaled_mm"):
+        return f"this PyTorch has no 8-bit product for {device}"
+    have = torch.cuda.get_device_capability(device)
+    if have < (8, 9):
+        return f"8-bit products need compute capability 8.9 or newer, {device} has {have[0]}.{have[1]}"
+    return None
+
+
+def _patched(module: torch.nn.Module) -> str | None:
+    """How a module differs from the classes whose arithmetic is known here, or None."""
+    if "forward" in vars(module):
+        return "has its forward replaced"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks"
+    if not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in KNOWN):
+        return f"is a {type(module).__module__}.{type(module).__name__}, which computes in its own way"
+    return None
+
+
+# --- the model, prepared ----------------------------------------------------------------------------------------------
+
+
+class Linear8:
+    """x [B, N, in] @ weight.T + bias with both in float8_e4m3fn: a scale a row of the weight, a scale a token.
+
+    gelu: of GELU(x). On a CPU the same numbers are multiplied in float32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False):
+        self.weight, self.scale = fused.quantise_rows(weight)
+        self.bias, self.gelu = bias, gelu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, scale = fused.quantise_rows(x.flatten(0, 1), gelu=self.gelu)
+        if x.is_cuda:
+            out = torch._scaled_mm(
+                rows, self.weight.T, scale_a=scale, scale_b=self.scale.T, bias=self.bias.to(torch.bfloat16),
+                out_dtype=torch.bfloat16, use_fast_accum=True,
+            )  # fmt: skip
+        else:
+            out = (rows.float() @ self.weight.float().T) * scale * self.scale.T + self.bias.float()
+        return out.to(x.dtype).unflatten(0, x.shape[:2])
+
+
+@dataclass
+class FastBlock:
+    """One block's products and the weights of its norms; `qkv` gives views of q, k and v, each [B, N, C]."""
+
+    qkv: Callable[[Tensor], tuple[Tensor, ...]]
+    o: Product
+    cross_q: Product
+    cross_o: Product
+    ffn: Product
+    norm_q: Tensor
+    norm_k: Tensor
+    cross_norm: tuple[Tensor, Tensor]  # weight, bias
+    cross_norm_q: Tensor
+
+
+class FastModel:
+    """A WanModel's weights as the fast pass wants them. One serves any number of streams."""
+
+    def __init__(self, model: WanModel, options: FastOptions):
+        self.model, self.options = model, options
+        with torch.inference_mode(False), torch.no_grad():  # normal tensors, whatever mode a host is in
+            blocks: Any = model.blocks  # torch says Module of every part
+            self.blocks = [_fast_block(block, options) for block in blocks]
+            self.modulation = torch.cat([block.modulation for block in blocks]).detach().float()
+
+
+def _fast_block(block: Block, options: FastOptions) -> FastBlock:
+    linear = _linear8 if options.fp8 else _linear
+    own, cross = block.self_attn, block.cross_attn
+    ffn: Any = block.ffn
+    ffn_in, _, ffn_out = ffn
+    grow: Product
+    shrink: Product
+    if options.fp8:
+        grow, shrink = _linear8(ffn_in), Linear8(ffn_out.weight.detach(), ffn_out.bias.detach(), gelu=True)
+    else:
+        grow, shrink = _linear_gelu(ffn_in), _linear(ffn_out)
+
+    return FastBlock(
+        qkv=_qkv(block, options),
+        o=linear(own.o),
+        cross_q=linear(cross.q),
+        cross_o=linear(cross.o),
+        ffn=lambda x: shrink(grow(x)),
+        norm_q=own.norm_q.weight,
+        norm_k=own.norm_k.weight,
+        cross_norm=(block.norm3.weight, block.norm3.bias),
+        cross_norm_q=cross.norm_q.weight,
+    )
+
+
+def _linear(layer: torch.nn.Linear) -> Product:
+    return lambda x: F.linear(x, layer.weight, layer.bias)
+
+
+def _linear_gelu(layer: torch.nn.Linear) -> Product:
+    """GELU(layer(x)); on CUDA in the product's own epilogue: the widest tensor is not read and written once more."""
+
+    def run(x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
+        rows = torch._addmm_activation(layer.bias, x.flatten(0, 1), layer.weight.T, use_gelu=True)
+        return rows.unflatten(0, x.shape[:2])
+
+    return run
+
+
+def _linear8(layer: torch.nn.Linear) -> Product:
+    return Linear8(layer.weight.detach(), layer.bias.detach())
+
+
+def _qkv(block: Block, options: FastOptions) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    layers = (block.self_attn.q, block.self_attn.k, block.self_attn.v)
+    if options.fp8:
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        joint = Linear8(weight, bias)
+        return lambda x: joint(x).chunk(3, dim=-1)
+    if not options.fuse_qkv:
+        return lambda x: tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
+    weight, bias = (_join([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return lambda x: F.linear(x, weight, bias).chunk(3, dim=-1)
+
+
+def _join(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """The parameters one behind the other. They become views of it; those of an earlier call already are."""
+    first, size = parameters[0].data, parameters[0].shape[0]
+    joint = first.as_strided((3 * size, *first.shape[1:]), first.stride()) if _joined(parameters) else None
+    if joint is None:
+        joint = torch.cat([p.data for p in parameters])
+        for parameter, part in zip(parameters, joint.split(size)):
+            parameter.data = part
+    return joint
+
+
+def _joined(parameters: list[torch.nn.Parameter]) -> bool:
+    first = parameters[0]
+    step = first.numel() * first.element_size()
+    same = {p.untyped_storage().data_ptr() for p in parameters}
+    return len(same) == 1 and all(
+        p.data_ptr() == first.data_ptr() + i * step and p.is_contiguous() for i, p in enumerate(parameters)
+    )
+
+
+# --- one stream -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """All that changes from pass to pass. A CUDA graph has a copy of its own, into which these are written.
+
+    x [B, C, F, H, W]; timestep [B, F] float32; cos, sin [N, D/2] float32; tables: of mode "sparse" current, persistent
+    and window slots [L, G, ...], of the other modes the frame slots [F].
+    """
+
+    x: Tensor
+    timestep: Tensor
+    cos: Tensor
+    sin: Tensor
+    tables: tuple[Tensor, ...]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.x, self.timestep, self.cos, self.sin, *self.tables]
+
+    def clone(self) -> Inputs:
+        x, timestep, cos, sin, *tables = (tensor.clone() for tensor in self.tensors())
+        return Inputs(x, timestep, cos, sin, tuple(tables))
+
+    def copy_(self, other: Inputs) -> None:
+        for mine, theirs in zip(self.tensors(), other.tensors()):
+            mine.copy_(theirs)
+
+
+@dataclass
+class Kept:
+    """What the first pass of a chunk leaves for the later ones, a layer each: which pages, and P's attention."""
+
+    lists: list[BlockLists | None]
+    persistent: list[tuple[Tensor, ...] | None]  # output, log-sum-exp
+
+
+@dataclass
+class Graph:
+    """A captured pass: where it reads, how it is replayed, where it leaves its flow and the pages' importance."""
+
+    inputs: Inputs
+    replay: Callable[[], None]
+    flow: Tensor
+    importance: list[Tensor | None]
+
+
+@dataclass
+class Prompt:
+    """Where graphs find a prompt's keys and values, and the list that they were copied from."""
+
+    own: CrossKV
+    source: CrossKV
+
+
+@dataclass
+class Graphs:
+    """The graphs of a stream by key, which keys earlier chunks had, and why there are none, if there are none."""
+
+    captured: dict[tuple, Graph] = field(default_factory=dict)
+    met: dict[tuple, int] = field(default_factory=dict)  # key -> the chunk that had it first
+    prompts: dict[tuple, Prompt] = field(default_factory=dict)  # by shape
+    failure: str | None = None
+    pool: Any = None
+
+
+class FastPass:
+    """The fast pass of one stream. `x` must have the frames of the chunk that `memory` has open.
+
+    Nothing in a pass waits for the device. Raises ValueError as `StreamState.attend` does.
+    """
+
+    def __init__(self, prepared: FastModel, memory: StreamState):
+        self.prepared, self.memory = prepared, memory
+        self.model, self.options = prepared.model, prepared.options
+        self.backend = memory.attention.backend
+        self.graphs = Graphs()
+        self._chunk = 0
+        self._opened: object = None  # the open chunk's table object: a new one means a new chunk
+        self._tables: tuple[Tensor, ...] = ()
+        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rows: dict[int, Tensor] = {}
+        self._kept: dict[tuple, Kept] = {}
+        self._kept_in_chunk = -1
+
+    def describe(self) -> dict[str, Any]:
+        """What is in use, for people."""
+        facts: dict[str, Any] = {"options": self.options, "graphs": len(self.graphs.captured)}
+        reason = self._why_no_graph()
+        return facts | ({"no_graphs": reason} if reason else {})
+
+    @torch.inference_mode(False)  # what is kept for later passes must be writable in any mode
+    @torch.no_grad()
+    def __call__(self, x_BCFHW: Tensor, sigma: float, cross_kv: CrossKV) -> Tensor:
+        batch, _, frames, height, width = x_BCFHW.shape
+        self._open(x_BCFHW)
+        cos, sin = self._rope_of(frames, height, width, x_BCFHW.device)
+        timestep = torch.full((batch, frames), 1000.0 * sigma, dtype=torch.float32, device=x_BCFHW.device)
+        inputs = Inputs(x_BCFHW, timestep, cos, sin, self._tables)
+        kind = self._kind(sigma)
+        shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), cross_kv[0][0]))
+        key = (kind, shapes, x_BCFHW.dtype, self._extent())
+        kept = self._kept_of(inputs) if kind != EXACT else None
+        if graph := self._graph_for(key, inputs, cross_kv, kept):
+            flow, importance = self._replay(graph, inputs, cross_kv), graph.importance
+        else:
+            flow, importance = self._forward(inputs, cross_kv, kind, kept)
+        if kind == FIRST:
+            self._kept_in_chunk = self._chunk
+        if isinstance(self.memory.cache, PagedKV):
+            self.memory.cache.importance = list(importance)
+        self.memory._attended.update(range(self.model.num_layers))
+        return flow
+
+    # what changes from chunk to chunk
+
+    def _open(self, x: Tensor) -> None:
+        memory, cache = self.memory, self.memory.cache
+        frames, grid = memory._open_frames, tuple(side // PATCH for side in x.shape[3:])
+        if not frames or (x.shape[0], x.shape[2], grid) != (memory.batch, frames, tuple(memory.grid)):
+            raise ValueError(
+                f"a pass over x of shape {list(x.shape)}, but the open chunk has {frames} frames of "
+                f"{memory.grid[0]} x {memory.grid[1]} tokens in a batch of {memory.batch}."
+            )
+        if cache.current is self._opened:
+            return
+        self._opened, self._chunk = cache.current, self._chunk + 1
+        if isinstance(cache, PagedKV):
+            self._tables = (cache.current, cache.persistent_slots, cache.window_slots)
+        else:
+            self._tables = (_upload(torch.tensor(cache.current, dtype=torch.int32), x.device),)
+        self._rope = None
+
+    def _rope_of(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._rope is None:
+            cos, sin = self.model.rope(self.memory.t_start, frames, height, width, "cpu")
+            self._rope = _upload(cos, device), _upload(sin, device)
+        return self._rope
+
+    def _token_rows(self, cache: PagedKV) -> Tensor:
+        """[NB, T] int32: the chunk's token in each row of each block, -1 for none."""
+        frames = cache.chunk.grid[0]
+        if frames not in self._rows:
+            device = cache.page_len.device
+            numbers = torch.arange(1, cache.chunk.num_tokens + 1, device=device)[None, :, None, None]
+            self._rows[frames] = cache.chunk.pack(numbers)[0, ..., 0].to(torch.int32) - 1
+        return self._rows[frames]
+
+    def _extent(self) -> float:
+        """What else a graph depends on: how many frames of the cache are read, or which share of the window."""
+        cache = self.memory.cache
+        if isinstance(cache, FrameCache):
+            return len(cache.slots) + len(cache.current)
+        return self.memory.attention.topk_after(self.memory.frame)
+
+    def _kind(self, sigma: float) -> str:
+        """exact: on its own, as every pass is without the options that share work, and every clean pass is with them.
+        first: also keeps what the chunk's later passes share. later: uses it."""
+        shares = self.options.router_once or self.options.reuse_persistent
+        if not shares or sigma == 0 or not isinstance(self.memory.cache, PagedKV):
+            return EXACT
+        return LATER if self._kept_in_chunk == self._chunk else FIRST
+
+    def _kept_of(self, inputs: Inputs) -> Kept:
+        """Where a chunk with tables of these shapes keeps what its passes share."""
+        layers = self.model.num_layers
+        key = (self._extent(), *(table.shape for table in inputs.tables))
+        return self._kept.setdefault(key, Kept([None] * layers, [None] * layers))
+
+    # the pass
+
+    def _forward(
+        self, inputs: Inputs, cross_kv: CrossKV, kind: str, kept: Kept | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """-> flow [B, C, F, H, W] in x's dtype, and each layer's importance (see `PagedKV`)."""
+        model, blocks, backend = self.model, self.prepared.blocks, self.backend
+        importance: list[Tensor | None] = [None] * len(blocks)
+        with named_range("linear"):
+            x = self._embed(inputs.x)
+            e = model.time_embedding(timestep_embedding(inputs.timestep, model.freq_dim).to(model.dtype))
+            e0 = model.time_projection(e).unflatten(2, (1, 6, -1)).float()
+        with named_range("element-wise"):
+            mod = (self.prepared.modulation + e0).unbind(2)  # L times [B, F, 6, C], float32
+            head_shift, head_scale = (model.head.modulation.float() + e[:, :, None].float()).unbind(2)
+            ends = [(m[:, :, 1], m[:, :, 0]) for m in mod] + [(head_scale, head_shift)]  # scale, shift
+            normal = fused.modulated_norm(x, *ends[0], backend=backend)
+        for layer, block in enumerate(blocks):
+            gates = mod[layer]
+            y, importance[layer] = self._attend(layer, block, normal, inputs, kind, kept)
+            with named_range("linear"):
+                y = block.o(y)
+            with named_range("element-wise"):
+                affine = (p.expand(x.shape[0], 1, -1) for p in block.cross_norm)
+                x, normal = fused.gated_residual_norm(
+                    x, y, gates[:, :, 2], *affine, plus_one=False, backend=backend
+                )
+            y = self._cross(block, normal, cross_kv[layer])
+            with named_range("element-wise"):
+                x, normal = fused.gated_residual_norm(
+                    x, y, None, gates[:, :, 4], gates[:, :, 3], backend=backend
+                )
+            with named_range("linear"):
+                y = block.ffn(normal)
+            with named_range("element-wise"):
+                x, normal = fused.gated_residual_norm(x, y, gates[:, :, 5], *ends[layer + 1], backend=backend)
+        with named_range("linear"):
+            patches = model.head.head(normal)
+        frames, height, width = (size // p for size, p in zip(inputs.x.shape[2:], (1, PATCH, PATCH)))
+        flow = rearrange(
+            patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height, w=width, p=PATCH, q=PATCH
+        )
+        return flow.to(inputs.x.dtype), importance
+
+    def _embed(self, x_BCFHW: Tensor) -> Tensor:
+        """The patch embedding as a product: a convolution without overlap is one."""
+        layer = self.model.patch_embedding
+        x = rearrange(
+            x_BCFHW.to(self.model.dtype), "b c f (h p) (w q) -> b (f h w) (c p q)", p=PATCH, q=PATCH
+        )
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+    def _cross(self, block: FastBlock, normal: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        with named_range("linear"):
+            q = block.cross_q(normal)
+        with named_range("element-wise"):
+            q = fused.rms_norm(q, block.cross_norm_q, backend=self.backend)
+        with named_range("attention"), best_attention(q.device):
+            y = sdpa(q.unflatten(2, (self.model.num_heads, -1)), *kv)
+        with named_range("linear"):
+            return block.cross_o(y.flatten(2))
+
+    def _attend(
+        self, layer: int, block: FastBlock, normal: Tensor, inputs: Inputs, kind: str, kept: Kept | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of the open chunk up to the output projection: [B, N, C], and the pages' importance."""
+        cache, memory = self.memory.cache, self.memory
+        with named_range("linear"):
+            q, k, v = block.qkv(normal)
+        parts = (q, k, v, block.norm_q, block.norm_k, inputs.cos, inputs.sin)
+        if isinstance(cache, FrameCache):
+            with named_range("element-wise"):
+                q = fused.norm_rope_to_frames(
+                    *parts, inputs.tables[0], cache.k[layer], cache.v[layer], backend=self.backend
+                )
+            with named_range("attention"), best_attention(q.device):
+                return memory.dense_attention(q, *cache.read(layer)).flatten(2), None
+        current, persistent, window = (table[layer] for table in inputs.tables)
+        rows = self._token_rows(cache)
+        with named_range("element-wise"):
+            q_blocks, pooled_q = fused.norm_rope_to_pages(
+                *parts, rows, current, cache.k_pages[layer], cache.v_pages[layer], cache.pooled[layer],
+                backend=self.backend,
+            )  # fmt: skip
+        out, importance = self._attend_pages(layer, cache, q_blocks, pooled_q, persistent, window, kind, kept)
+        with named_range("element-wise"):
+            tokens = fused.blocks_to_tokens(out, rows, memory.batch, normal.shape[1], backend=self.backend)
+        return tokens, importance
+
+    def _attend_pages(
+        self,
+        layer: int,
+        cache: PagedKV,
+        q_blocks: Tensor,
+        pooled_q: Tensor,
+        persistent: Tensor,
+        window: Tensor,
+        kind: str,
+        kept: Kept | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """q blocks [G, NB, T, D] over the pages that the router names -> out like q blocks, importance."""
+        apart = kind != EXACT and self.options.reuse_persistent and persistent.shape[1] > 0
+        always, local = (persistent[:, :0], window) if apart else (persistent, window)
+        if self.options.persistent_in_topk:
+            always, local = persistent[:, :0], torch.cat([persistent, window], dim=1)
+        lists, importance = None, None
+        if kind == LATER and self.options.router_once:
+            assert kept is not None
+            lists = kept.lists[layer]
+        if lists is None:
+            with named_range("router"):
+                topk = self.memory.attention.topk_after(self.memory.frame)
+                lists, importance = choose_blocks(
+                    pooled_q, cache.pooled[layer], always, local, topk, self.backend
+                )
+            if kind == FIRST and self.options.router_once:
+                assert kept is not None
+                kept.lists[layer] = BlockLists(*_keep(kept.lists[layer], lists))
+        with named_range("attention"):
+            out, lse = self._pbsa(layer, cache, q_blocks, lists)
+            if not apart:
+                return out, importance if kind == EXACT else None
+            assert kept is not None
+            if kind == FIRST:
+                count = torch.full_like(persistent[:, :1], persistent.shape[1])
+                ascending = persistent.sort(-1).values[:, None]
+                found = self._pbsa(layer, cache, q_blocks, BlockLists(ascending, count))
+                kept.persistent[layer] = _keep(kept.persistent[layer], found)
+            over_persistent = kept.persistent[layer]
+            assert over_persistent is not None
+            return fused.merge_attention(out, lse, *over_persistent, backend=self.backend), None
+
+    def _pbsa(self, layer: int, cache: PagedKV, q_blocks: Tensor, lists: BlockLists) -> tuple[Tensor, Tensor]:
+        pages = cache.k_pages[layer], cache.v_pages[layer], cache.page_len[layer]
+        # what lies behind a page's end was written as zeros, here and by `BlockGeometry.pack`
+        return pbsa_attention(q_blocks, *pages, lists, padding="finite", backend=self.backend)
+
+    # CUDA graphs
+
+    def _why_no_graph(self) -> str | None:
+        if not self.options.graphs:
+            return "switched off"
+        device = next(iter(self.memory.cache.tensors().values())).device
+        if device.type != "cuda":
+            return f"the memory is on {device}"
+        return self.graphs.failure
+
+    def _graph_for(self, key: tuple, inputs: Inputs, cross_kv: CrossKV, kept: Kept | None) -> Graph | None:
+        """The graph for a pass of this key, captured if an earlier chunk had the key; None: run it eagerly.
+
+        The first chunk of a kind is the warm-up: kernels are compiled and tested, libraries choose their plans. A
+        growing memory, which never has the same extent twice, so never pays for a capture.
+        """
+        if self._why_no_graph():
+            return None
+        cache = self.memory.cache
+        if isinstance(cache, FrameCache) and cache._gather is not None:
+            return None  # frames in use are scattered: the host makes their table, only while a memory fills
+        if key not in self.graphs.captured:
+            if self.graphs.met.setdefault(key, self._chunk) == self._chunk:
+                return None
+            try:
+                self.graphs.captured[key] = self._capture(key[0], inputs, cross_kv, kept)
+            except RuntimeError as error:  # whatever cannot be captured can still be run
+                self.graphs.failure = f"capture failed: {str(error).strip().splitlines()[0]}"
+                logger.warning("CUDA graphs are not used: %s", self.graphs.failure)
+                return None
+        return self.graphs.captured[key]
+
+    def _capture(self, kind: str, inputs: Inputs, cross_kv: CrossKV, kept: Kept | None) -> Graph:
+        own, own_kv = inputs.clone(), self._own_prompt(cross_kv)
+        if self.graphs.pool is None:
+            self.graphs.pool = new_pool()
+        replay, (flow, importance) = record(lambda: self._forward(own, own_kv, kind, kept), self.graphs.pool)
+        return Graph(own, replay, flow, importance)
+
+    def _replay(self, graph: Graph, inputs: Inputs, cross_kv: CrossKV) -> Tensor:
+        self._own_prompt(cross_kv)
+        graph.inputs.copy_(inputs)
+        graph.replay()
+        return graph.flow.clone()  # the next pass writes the graph's own
+
+    def _own_prompt(self, cross_kv: CrossKV) -> CrossKV:
+        """Where graphs find the prompt's keys and values; copied there when another list is given than last time."""
+        shape = tuple(cross_kv[0][0].shape)
+        held = self.graphs.prompts.get(shape)
+        if held is None:
+            held = Prompt([(k.clone(), v.clone()) for k, v in cross_kv], cross_kv)
+            self.graphs.prompts[shape] = held
+        elif held.source is not cross_kv:
+            for mine, theirs in zip(held.own, cross_kv):
+                for a, b in zip(mine, theirs):
+                    a.copy_(b)
+            held.source = cross_kv
+        return held.own
+
+
+def new_pool() -> Any:
+    """Memory that the graphs of a stream share: one runs at a time, and none needs what another left."""
+    return torch.cuda.graph_pool_handle()
+
+
+def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Result]:
+    """Capture `run` as a CUDA graph -> what replays it, and its result, which every replay writes anew."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+    return graph.replay, result
+
+
+def _keep(held: tuple[Tensor, ...] | None, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`found`, copied to where `held` is, so that a captured pass finds it there."""
+    if held is None:
+        return tuple(x.clone() for x in found)
+    for mine, new in zip(held, found):
+        mine.copy_(new)
+    return tuple(held)
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for what that still computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def best_attention(device: torch.device) -> AbstractContextManager:
+    """On CUDA, PyTorch's attention by cuDNN where it can: on Hopper 1.7 times as fast as PyTorch's first choice."""
+    if device.type != "cuda" or not _attention_order():
+        return nullcontext()
+    return torch.nn.attention.sdpa_kernel(_attention_order(), set_priority=True)
+
+
+@lru_cache(maxsize=1)
+def _attention_order() -> list:
+    """PyTorch's attention backends, cuDNN's first; empty where this PyTorch cannot be told an order."""
+    if "set_priority" not in signature(torch.nn.attention.sdpa_kernel).parameters:
+        return []
+    kinds = torch.nn.attention.SDPBackend
+    return [kinds.CUDNN_ATTENTION, kinds.FLASH_ATTENTION, kinds.EFFICIENT_ATTENTION, kinds.MATH]
+
+
+def named_range(name: str) -> AbstractContextManager:
+    """A named range where a profiler is on."""
+    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+
+
+# --- what the options cost --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def option_error(
+    model: WanModel,
+    new_memory: Callable[[], StreamState],
+    options: FastOptions,
+    chunks: list[Tensor],
+    sigmas: tuple[float, ...],
+    cross_kv: CrossKV,
+) -> list[float]:
+    """How far a stream with `options` is from the exact one: for each chunk, the error of its flows over all passes.
+
+    chunks: given latents [B, C, F, H, W], noised the same for both; sigmas are followed by the clean pass at 0, which
+    counts too. -> relative error a chunk, norm of the difference over norm of the exact flow. Waits for the device.
+    """
+    exact = replace(options, fp8=False, persistent_in_topk=False, router_once=False, reuse_persistent=False)
+    streams = []
+    for chosen in (exact, options):
+        memory = new_memory()
+        streams.append((memory, FastPass(FastModel(model, chosen), memory)))
+    errors = []
+    for x in chunks:
+        for memory, _ in streams:
+            memory.begin_chunk(x.shape[2])
+        off = size = torch.zeros((), device=x.device)
+        for sigma in (*sigmas, 0.0):
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+            noised = (1 - sigma) * x + sigma * noise
+            truth, found = (run(noised, sigma, cross_kv).float() for _, run in streams)
+            off, size = off + (found - truth).square().sum(), size + truth.square().sum()
+        for memory, _ in streams:
+            memory.end_chunk()
+        errors.append(float((off / size).sqrt()))
+    return errors

@@ -1,0 +1,151 @@
+"""Every kernel compiles for every architecture, without a GPU, within its registers and shared memory.
+
+Triton's compiler takes an explicit target; run with -s to see registers, spills and shared memory. What is compiled is
+what `variants` and `backward` choose for bfloat16 with a head dim of 128.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs Triton's compiler", allow_module_level=True)
+
+import triton
+from sparse_forcing_pack.kernels.pbsa.triton import backward, forward, router
+from sparse_forcing_pack.kernels.pbsa.triton.variants import VARIANTS, Shape, Variant
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+if "nvidia" not in triton.backends.backends:
+    pytest.skip("this Triton has no NVIDIA compiler", allow_module_level=True)
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+KIB = 1024
+SHARED = {
+    80: 163 * KIB,
+    86: 99 * KIB,
+    89: 99 * KIB,
+    90: 227 * KIB,
+    100: 227 * KIB,
+    120: 99 * KIB,
+}  # a program's most
+SPILLED = 200  # bytes a thread: Hopper's 128x64 tile with 4 warps was measured faster than without spills
+BOTH = {"T": 64, "D": 128, "D_PAD": 128, "PADDING": 1, "PRECISION": "tf32"}
+INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt"} | {"position_of", "always", "local"}
+FLOATS = {"lse", "lse_log2", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores", "pooled"}
+HALVES = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "pages"}
+
+
+def compiled(kernel, arch: int, constants: dict, warps: int, stages: int):
+    """Compile with arguments as a call has them: aligned pointers, strides that are multiples of 16, odd lengths."""
+    signature, aligned = {}, {}
+    for at, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            continue
+        scale = name in ("scale", "scale_log2")
+        pointer = {"i32": name in INTEGERS, "fp32": name in FLOATS, "bf16": name in HALVES}
+        of = next((element for element, matches in pointer.items() if matches), None)
+        signature[name] = "fp32" if scale else f"*{of}" if of else "i32"
+        if of or not (scale or parameter.do_not_specialize):
+            aligned[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def usage(binary) -> tuple[int, int]:
+    """Registers and bytes of stack a thread (spills), as the disassembler that Triton brings along reports them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton has no cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert found is not None, done.stdout
+    return int(found[1]), int(found[2])
+
+
+def check(kernel, arch: int, constants: dict, warps: int, stages: int, label: str = ""):
+    binary = compiled(kernel, arch, constants, warps, stages)
+    registers, stack = usage(binary)
+    shared = binary.metadata.shared
+    figures = f"{registers} registers, {stack} B stack, {shared / KIB:.0f} KiB shared"
+    sys.stdout.write(f"sm_{arch} {label or kernel.__name__}: {figures}\n")
+    assert shared <= SHARED[arch] and stack <= SPILLED
+    return binary
+
+
+def chosen(arch: int, tokens: int, padding: str) -> Variant:
+    call = Shape(
+        (arch // 10, arch % 10), torch.bfloat16, tokens, 128, padding, whole_pages=True, shared=False
+    )
+    return next(variant for variant in VARIANTS if variant.wants(call))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize(("tokens", "padding"), [(128, "finite"), (64, "any")])
+def test_forward(arch, tokens, padding):
+    variant = chosen(arch, tokens, padding)
+    constants = BOTH | {
+        "T": tokens,
+        "PADDING": forward.PADDING[padding],
+        "ROWS": variant.rows,
+        "KEYS": variant.keys,
+    }
+    kernel = forward.forward_pointers
+    if variant.kind != "pointers":
+        kernel = forward.forward_descriptors
+        constants["SPECIALISE"] = variant.kind == "specialised"
+    binary = check(
+        kernel, arch, constants, variant.warps, variant.stages, f"{variant.name}, {tokens} {padding}"
+    )
+    ir = binary.asm["ttgir"]
+    if (
+        variant.kind == "pointers"
+    ):  # k and v are copied ahead of their use; unaligned or unknown strides would stop it
+        assert len(re.findall("ttg.async_copy_global_to_local", ir)) >= 4
+    else:
+        assert "async_tma_copy_global_to_local" in ir
+        assert ("warp_specialize" in ir) == (variant.kind == "specialised")
+
+
+def test_two_halves_of_v_on_hopper():
+    """The layouts of both products are one: where they differed, an earlier trial gave NaN."""
+    halves = {"ROWS": 128, "KEYS": 64, "SPECIALISE": True}
+    binary = check(forward.forward_descriptors, 90, BOTH | halves, 4, 3, "specialised 128x64")
+    assert binary.asm["ttgir"].count("#ttg.nvidia_mma<") == 1
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_merge(arch):
+    check(forward.merge, arch, {"D": 128, "D_PAD": 128, "ROWS": 128}, 8, 3)
+
+
+@pytest.mark.parametrize(("arch", "tokens"), [(arch, 64) for arch in TARGETS] + [(90, 128), (100, 128)])
+def test_backward(arch, tokens):
+    tiles = backward.tiles_for((arch // 10, arch % 10), torch.bfloat16, tokens)
+    for kernel, tile in zip((backward.backward_queries, backward.backward_pages), tiles):
+        constants = BOTH | {"T": tokens, "ROWS": tile.rows, "KEYS": tile.keys}
+        check(kernel, arch, constants, tile.warps, tile.stages, f"{kernel.__name__}, {tokens} tokens")
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_router(arch):
+    check(router.pool, arch, {"T": 64, "D": 128, "D_PAD": 128}, 4, 3)
+    check(router.place_candidates, arch, {"BLOCK": 256}, 4, 3)
+    check(router.score, arch, {"D": 128} | router.SCORE_TILE, 4, 3)
+    check(router.select, arch, {"SLOTS": 512}, router.warps_for(512), 3)

@@ -1,0 +1,295 @@
+"""The fused element-wise operations: the reference against its parts in float64, every backend against the reference.
+
+As for PBSA, a process of its own runs this file in Triton's interpreter. There float32 and float16 must come as close
+to the float64 reference as the rounding of their results allows; bfloat16 is for a GPU.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sparse_forcing_pack.kernels import fused, pool_pages
+from sparse_forcing_pack.kernels.fused import reference
+from sparse_forcing_pack.sparse_attn.geometry import BlockGeometry
+from sparse_forcing_pack.sparse_attn.positions import apply_rope, rope_table
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PRECISIONS = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_in_the_interpreter():
+    here = Path(__file__)
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
+    done = subprocess.run(
+        command, env=env, cwd=here.parents[2], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.fixture
+def precisions(backend):
+    """(backend, device, dtype) of everything that can run here."""
+    name, device = backend
+    return [(name, device, dtype) for dtype in PRECISIONS[device]]
+
+
+def token_table(geometry: BlockGeometry) -> torch.Tensor:
+    """[NB, T] int32: the token in each row of each block, -1 for none."""
+    numbers = torch.arange(1, geometry.num_tokens + 1)[None, :, None, None]
+    return geometry.pack(numbers)[0, ..., 0].to(torch.int32) - 1
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    """float64 that every precision holds exactly (8 bits of mantissa), so that all start from the same numbers."""
+    return (x.double() * 32).round() / 32
+
+
+def assert_rounded(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
+    """As close to the truth as one rounding to `dtype` and a few to float32 (sums of a row) allow."""
+    limit = torch.finfo(dtype).eps * truth.abs() + 16 * torch.finfo(torch.float32).eps * truth.abs().max()
+    assert found.shape == truth.shape and (found.double() - truth).abs().sub(limit).max() <= 0
+
+
+class Chunk:
+    """A chunk's projections (views of one fused product), weights, tables and a store half full of other pages."""
+
+    def __init__(self, frames, height, width, *, heads, dim, batch=1, rows=16, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        self.geometry = BlockGeometry(frames, height, width, rows)
+        count, channels, blocks = self.geometry.num_tokens, heads * dim, self.geometry.num_blocks
+        self.qkv = exact(torch.randn(batch, count, 3 * channels, generator=draw))
+        self.norms = exact(torch.randn(2, channels, generator=draw) * 0.3 + 1)
+        self.rope = rope_table(2, frames, height, width, dim, "cpu")
+        self.tokens = token_table(self.geometry)
+        order = torch.rand(batch * heads, blocks + 3, generator=draw).argsort(-1)
+        self.slots = order[:, :blocks].to(torch.int32)
+        self.pages = exact(torch.randn(2, batch * heads, blocks + 3, rows, dim, generator=draw))
+        self.frame_slots = torch.randperm(frames + 2, generator=draw)[:frames]
+        shape = (2, batch, frames + 2, height * width, heads, dim)
+        self.frames = exact(torch.randn(shape, generator=draw))
+        self.heads, self.dim, self.batch = heads, dim, batch
+
+    def to_pages(self, backend, device, dtype):
+        """-> q blocks, their means, k pages, v pages, pooled keys."""
+        q, k, v, *norms, k_pages, v_pages = self._floats(device, dtype, self.pages)
+        wide = torch.promote_types(dtype, torch.float32)
+        pooled = torch.zeros(*k_pages.shape[:2], self.dim, dtype=wide, device=device)
+        tables = [x.to(device) for x in (*self.rope, self.tokens, self.slots)]
+        found = fused.norm_rope_to_pages(q, k, v, *norms, *tables, k_pages, v_pages, pooled, backend=backend)
+        return *found, k_pages, v_pages, pooled
+
+    def to_frames(self, backend, device, dtype):
+        """-> q, k frames, v frames."""
+        q, k, v, *norms, k_frames, v_frames = self._floats(device, dtype, self.frames)
+        tables = [x.to(device) for x in (*self.rope, self.frame_slots)]
+        q = fused.norm_rope_to_frames(q, k, v, *norms, *tables, k_frames, v_frames, backend=backend)
+        return q, k_frames, v_frames
+
+    def _floats(self, device, dtype, stores):
+        qkv, norms, stores = (x.to(device, dtype, copy=True) for x in (self.qkv, self.norms, stores))
+        return *qkv.chunk(3, dim=-1), *norms, *stores
+
+
+CHUNKS = [
+    {"frames": 3, "height": 5, "width": 7, "heads": 3, "dim": 64, "batch": 2},
+    {"frames": 1, "height": 5, "width": 7, "heads": 12, "dim": 64},
+    {"frames": 2, "height": 3, "width": 4, "heads": 2, "dim": 128, "rows": 32},
+    {"frames": 3, "height": 5, "width": 8, "heads": 1, "dim": 128, "rows": 64},
+    {"frames": 1, "height": 1, "width": 1, "heads": 1, "dim": 96},
+    {"frames": 1, "height": 9, "width": 15, "heads": 2, "dim": 64, "rows": 64},  # a frame of two pieces
+]
+
+
+def ids(settings):
+    return "-".join(map(str, settings.values()))
+
+
+@pytest.mark.parametrize("settings", CHUNKS, ids=ids)
+def test_pages_are_wans_norm_and_rotation_packed(settings):
+    chunk = Chunk(**settings)
+    q_blocks, pooled_q, k_pages, v_pages, pooled_k = chunk.to_pages("reference", "cpu", torch.float64)
+    projections = chunk.qkv.chunk(3, dim=-1)
+    q, k = (
+        F.rms_norm(x, x.shape[-1:], weight, 1e-6).unflatten(2, (chunk.heads, -1))
+        for x, weight in zip(projections, chunk.norms)
+    )
+    packed = [chunk.geometry.pack(apply_rope(x, *chunk.rope)) for x in (q, k)]
+    packed.append(chunk.geometry.pack(projections[2].unflatten(2, (chunk.heads, -1))))
+    at = (torch.arange(len(chunk.slots))[:, None], chunk.slots.long())
+    for found, expected in zip((q_blocks, k_pages[at], v_pages[at]), packed):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)  # apply_rope computes in float32
+    lens = chunk.geometry.lens.expand(len(chunk.slots), -1)
+    torch.testing.assert_close(pooled_q, pool_pages(q_blocks, lens))
+    torch.testing.assert_close(pooled_k[at], pool_pages(k_pages[at], lens))
+
+
+@pytest.mark.parametrize("settings", CHUNKS, ids=ids)
+def test_pages(precisions, settings):
+    chunk = Chunk(**settings)
+    truth = chunk.to_pages("reference", "cpu", torch.float64)
+    for backend, device, dtype in precisions:
+        found = [x.cpu() for x in chunk.to_pages(backend, device, dtype)]
+        for x, expected in zip((found[0], *found[2:4]), (truth[0], *truth[2:4])):
+            assert x.dtype == dtype
+            assert_rounded(x, expected, dtype)
+        q_blocks, pooled_q, k_pages, _, pooled_k = found
+        lens = chunk.geometry.lens.expand(len(chunk.slots), -1)
+        torch.testing.assert_close(pooled_q, pool_pages(q_blocks, lens), atol=1e-5, rtol=1e-5)
+        at = (torch.arange(len(chunk.slots))[:, None], chunk.slots.long())
+        torch.testing.assert_close(pooled_k[at], pool_pages(k_pages[at], lens), atol=1e-5, rtol=1e-5)
+        others = torch.ones(pooled_k.shape[:2], dtype=torch.bool).index_put(at, torch.tensor(False))
+        assert torch.equal(k_pages[others].double(), chunk.pages[0][others]) and not pooled_k[others].any()
+        assert not k_pages[at][:, chunk.tokens < 0].any(), "rows without a token are zero"
+
+
+@pytest.mark.parametrize("settings", CHUNKS, ids=ids)
+def test_frames(precisions, settings):
+    chunk = Chunk(**settings)
+    truth = chunk.to_frames("reference", "cpu", torch.float64)
+    q_blocks = chunk.to_pages("reference", "cpu", torch.float64)[0]
+    torch.testing.assert_close(chunk.geometry.unpack(q_blocks, chunk.batch), truth[0])
+    for backend, device, dtype in precisions:
+        for x, expected in zip(chunk.to_frames(backend, device, dtype), truth):
+            assert x.dtype == dtype
+            assert_rounded(x.cpu(), expected, dtype)
+
+
+@pytest.mark.parametrize("settings", CHUNKS, ids=ids)
+def test_blocks_to_tokens(precisions, settings):
+    chunk = Chunk(**settings)
+    for backend, device, dtype in precisions:
+        blocks = torch.randn(len(chunk.slots), *chunk.tokens.shape, chunk.dim).to(device, dtype)
+        found = fused.blocks_to_tokens(
+            blocks, chunk.tokens.to(device), chunk.batch, chunk.geometry.num_tokens, backend=backend
+        )
+        expected = chunk.geometry.unpack(blocks.cpu(), chunk.batch).flatten(2)
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize(("frames", "tokens", "width"), [(3, 12, 192), (1, 5, 1536), (3, 3, 64), (2, 4, 100)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows(precisions, frames, tokens, width, batch):
+    draw = torch.Generator().manual_seed(0)
+    x, y = exact(torch.randn(2, batch, tokens, width, generator=draw))
+    x = exact((x + 2).clamp(-7, 7))  # a mean that must be taken out
+    vectors = exact(torch.randn(batch, frames, 6, width, generator=draw))
+
+    def run(backend, device, dtype):
+        a, b = x.to(device, dtype), y.to(device, dtype)
+        gate, scale, shift = vectors.to(device, dtype).unbind(2)[:3]  # strided, as the projection gives them
+        some, weight = {"backend": backend}, vectors[0, 0, 3].to(device, dtype)
+        one = weight.expand(batch, 1, -1)
+        return [
+            *fused.gated_residual_norm(a, b, gate, scale, shift, **some),
+            *fused.gated_residual_norm(a, b, None, one, one, plus_one=False, **some),
+            fused.gated_residual(a, b, gate, **some),
+            fused.modulated_norm(a, scale, shift, **some),
+            fused.rms_norm(a, weight, **some),
+        ]
+
+    truth = run("reference", "cpu", torch.float64)
+    per_token = [t.repeat_interleave(tokens // frames, 1) for t in vectors.unbind(2)]
+    total = x + per_token[0] * y
+    normal = F.layer_norm(total, (width,), eps=1e-6) * (1 + per_token[1]) + per_token[2]
+    weight = vectors[0, 0, 3]
+    affine = F.layer_norm(x + y, (width,), weight, weight, 1e-6)
+    plain = F.layer_norm(x, (width,), eps=1e-6) * (1 + per_token[1]) + per_token[2]
+    literal = [total, normal, x + y, affine, total, plain, F.rms_norm(x, (width,), weight, 1e-6)]
+    for found, expected in zip(truth, literal):
+        torch.testing.assert_close(found, expected)
+    for backend, device, dtype in precisions:
+        eager = run("reference", device, dtype)
+        for found, expected, same in zip(run(backend, device, dtype), truth, eager):
+            assert found.dtype == dtype
+            # a norm sees a sum that was rounded: the reference's own error in this precision is the budget
+            budget = (same.cpu() - expected).abs().max() + 32 * torch.finfo(
+                torch.float32
+            ).eps * expected.abs().max()
+            slack = torch.finfo(dtype).eps * expected.abs()
+            assert ((found.cpu() - expected).abs() - slack).max() <= budget
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_merged_attentions_are_one(precisions, dim):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (exact(torch.randn(2, n, dim, generator=draw)) for n in (35, 20, 20))
+    scores = q @ k.transpose(1, 2)
+    parts = scores[..., :7], scores[..., 7:]
+    outs = [part.softmax(-1) @ values for part, values in zip(parts, (v[:, :7], v[:, 7:]))]
+    lses = [part.logsumexp(-1) for part in parts]
+    lses[0][0, :5], outs[0][0, :5] = -torch.inf, 0  # some read nothing on one side, some on neither
+    lses[1][0, :2], outs[1][0, :2] = -torch.inf, 0
+    whole = scores.softmax(-1) @ v
+    whole[0, :5] = outs[1][0, :5]
+    whole[0, :2] = 0
+    args = [x.view(2, 5, 7, *x.shape[2:]) for x in (outs[0], lses[0], outs[1], lses[1])]
+    found = fused.merge_attention(*args, backend="reference")
+    torch.testing.assert_close(found.flatten(1, 2), whole)
+    for backend, device, dtype in precisions:
+        a, lse_a, b, lse_b = (x.to(device) for x in args)
+        narrow = [a.to(dtype), lse_a.float(), b.to(dtype), lse_b.float()]
+        merged = fused.merge_attention(*narrow, backend=backend).cpu()
+        assert merged.dtype == dtype
+        assert (merged.double() - found).abs().max() <= (
+            2 * torch.finfo(dtype).eps + 1e-5
+        ) * whole.abs().max()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("width", [64, 1536, 200])
+def test_quantised_rows(precisions, gelu, width):
+    x = torch.randn(6, width, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor([1.0, 1e-3, 30.0, 0.0, 1.0, 5.0])[:, None]
+    wanted = F.gelu(x, approximate="tanh") if gelu else x
+    for backend, device, dtype in precisions:
+        rows, scale = fused.quantise_rows(x.to(device, dtype), gelu=gelu, backend=backend)
+        assert rows.dtype == torch.float8_e4m3fn and scale.shape == (6, 1) and scale.dtype == torch.float32
+        found = (rows.float() * scale).cpu()
+        largest = wanted.abs().amax(-1, keepdim=True)
+        assert ((scale.cpu() * 448 - largest).abs() <= 0.01 * largest + 1e-11).all()
+        # half a step of 3 bits of mantissa, a step of the smallest numbers, and the input's own rounding
+        error = (found - wanted).abs() - 0.07 * wanted.abs() - largest * (2**-9 / 448 + 0.01)
+        if not (
+            INTERPRETED and backend == "triton"
+        ):  # which forgets to carry where a mantissa rounds up to 2
+            assert error.max() <= 0
+        assert (error <= 0).float().mean() > 0.8
+
+
+def test_every_element_is_written(backend, monkeypatch):
+    name, device = backend
+    if name == "reference":
+        pytest.skip("about kernels")
+    monkeypatch.setattr(torch, "empty", lambda *size, **kw: torch.full(*size, float("nan"), **kw))
+    chunk = Chunk(**CHUNKS[0])
+    for x in (*chunk.to_pages(name, device, torch.float32), *chunk.to_frames(name, device, torch.float32)):
+        assert x.isfinite().all()
+
+
+def test_refusals_name_the_value():
+    chunk = Chunk(**CHUNKS[2])
+    q, k, v = chunk.qkv.chunk(3, dim=-1)
+    args = [q, k, v, *chunk.norms, *chunk.rope, chunk.tokens, chunk.slots, *chunk.pages]
+    pooled = torch.zeros(*chunk.pages.shape[1:3], chunk.dim, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"slots must have shape \[2, 1\]"):
+        fused.norm_rope_to_pages(*args[:8], chunk.slots[:, :0], *chunk.pages, pooled)
+    with pytest.raises(ValueError, match=r"pooled_k must have shape"):
+        fused.norm_rope_to_pages(*args, pooled[:, :1])
+    with pytest.raises(ValueError, match="2 frames, which do not divide 23 tokens"):
+        fused.modulated_norm(q[:, :23], q[:, :2], q[:, :2])
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
+        fused.rms_norm(q, chunk.norms[0], backend="triton")
+
+
+def test_the_reference_stays_in_float64():
+    found = reference.rms_norm(torch.ones(1, 1, 4, dtype=torch.float64), torch.ones(4), 0.0)
+    assert found.dtype == torch.float64
