@@ -14,6 +14,7 @@ from sparse_forcing_pack.sparse_attn.fast import (
     option_error,
     why_not_fast,
 )
+from sparse_forcing_pack.sparse_attn.fast_weights import Linear8
 from sparse_forcing_pack.sparse_attn.state import StreamState
 from sparse_forcing_pack.sparse_attn.wan import WanModel
 
@@ -376,7 +377,7 @@ def test_fp8_products():
     draw = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(32, 64, generator=draw), torch.randn(32, generator=draw)
     x = torch.randn(2, 5, 64, generator=draw) * torch.tensor([1e-3, 1, 1e3, 0, 1])[:, None]
-    found, expected = fast.Linear8(weight, bias)(x), torch.nn.functional.linear(x, weight, bias)
+    found, expected = Linear8(weight, bias)(x), torch.nn.functional.linear(x, weight, bias)
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.max() < 0.05, "whatever a row's size"
 
@@ -476,5 +477,5 @@ def test_fp8_on_the_device_is_close():
     draw = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(1536, 512).requires_grad_(False).to("cuda", torch.bfloat16)
     x = torch.randn(1, 300, 1536, generator=draw).to("cuda", torch.bfloat16)
-    found, expected = fast.Linear8(layer.weight, layer.bias)(x), layer(x)
+    found, expected = Linear8(layer.weight, layer.bias)(x), layer(x)
     assert (found - expected).norm() / expected.norm() < 0.05
