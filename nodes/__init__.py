@@ -14,14 +14,18 @@ class SparseForcingExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .apply import SparseForcingApply
+        from .live import add_routes
         from .loaders import SparseForcingModelLoader, SparseForcingWorldModel
+        from .prompt_timeline import SparseForcingPromptTimeline
         from .sampler import SparseForcingSampler
         from .stream_video import SparseForcingStreamVideo
 
+        add_routes()
         return [
             SparseForcingModelLoader,
             SparseForcingWorldModel,
             SparseForcingApply,
             SparseForcingSampler,
             SparseForcingStreamVideo,
+            SparseForcingPromptTimeline,
         ]

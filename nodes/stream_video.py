@@ -6,21 +6,26 @@ import logging
 import os
 from typing import Any
 
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import folder_paths
 import latent_preview
+import numpy as np
 import torch
 from comfy_api.latest import InputImpl, io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..sparse_attn.config import AttentionConfig, check_size, shifted_sigmas
+from ..sparse_attn.config import AttentionConfig, check_size, pixel_frames, shifted_sigmas
 from ..sparse_attn.rollout import Chunk
+from ..sparse_attn.timeline import Policy
 from ..sparse_attn.video import Mp4Writer
 from .checks import latent_frames_for, require_wan
 from .hooks import patch_model
-from .session import ATTENTION
+from .live import LiveRun, live_run
+from .prompt_timeline import PromptSwitcher, timeline_of
+from .session import ATTENTION, RUN
 from .streaming import StreamSampler, given_frames
 from .vae_stream import LATENT_CHANNELS, StreamDecoder, require_wan_vae
 
@@ -32,6 +37,13 @@ IN_MEMORY_BYTES = 1 << 30  # a longer video's latent is kept in a file of the te
 class SparseForcingStreamVideo(io.ComfyNode):
     """Schema; the work is in `VideoStream`."""
 
+    steered = 0  # runs that somebody stopped early or gave another prompt
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        # The host would answer the same inputs from its cache, but a steered run is not what they ask for.
+        return SparseForcingStreamVideo.steered
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -40,7 +52,8 @@ class SparseForcingStreamVideo(io.ComfyNode):
             category="video",
             description=(
                 "Generates a video of any length chunk by chunk and writes it to the output folder while it grows. "
-                "Memory does not grow with length; when stopped, the finished chunks are already in the file."
+                "Memory does not grow with length; when stopped, the finished chunks are already in the file. "
+                "The player on the node shows the video while it is made."
             ),
             search_aliases=[
                 "long video",
@@ -151,6 +164,25 @@ class SparseForcingStreamVideo(io.ComfyNode):
                         "model asks for (Load World Model: 16), else as many as the other chunks."
                     ),
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip=(
+                        "Reads prompts typed into the player while the video is made. "
+                        "Not needed with Prompt Timeline, which brings its own."
+                    ),
+                ),
+                io.Combo.Input(
+                    "on_prompt_change",
+                    options=["keep", "re-cache", "flush"],
+                    default="re-cache",
+                    optional=True,
+                    tooltip=(
+                        "What a new prompt does to the memory. keep: nothing, the old prompt lingers longest. "
+                        "re-cache: the recent window is read again under the new prompt, the long-lived part stays. "
+                        "flush: the same, and everything older is forgotten."
+                    ),
+                ),
             ],
             outputs=[
                 io.Video.Output(display_name="VIDEO", tooltip="The finished video, backed by the file."),
@@ -181,6 +213,8 @@ class SparseForcingStreamVideo(io.ComfyNode):
         negative: list | None = None,
         sigmas: Tensor | None = None,
         first_steps: int = 0,
+        clip: Any = None,
+        on_prompt_change: Policy = "re-cache",
     ) -> io.NodeOutput:
         check_size(width, height)
         require_wan(model)
@@ -194,15 +228,15 @@ class SparseForcingStreamVideo(io.ComfyNode):
         )
         file = f"{name}_{counter:05}_.mp4"
         job = VideoStream(model, vae, (1, LATENT_CHANNELS, frames, height // 8, width // 8), chunk_frames)
-        with Mp4Writer(os.path.join(folder, file), fps) as writer:
-            latent = job.run(
-                writer,
-                _guider(job.model, positive, negative, cfg),
-                torch.tensor([*shifted_sigmas(steps), 0.0]) if sigmas is None else sigmas,
-                first_steps,
-                seed,
-                cls.hidden.unique_id,
-            )
+        sigmas = torch.tensor([*shifted_sigmas(steps), 0.0]) if sigmas is None else sigmas
+        guider = _guider(job.model, positive, negative, cfg)
+        switcher = PromptSwitcher(
+            timeline_of(positive), clip, guider, sigmas, seed, fps, on_prompt_change, job.finished
+        )
+        node_id = cls.hidden.unique_id
+        with live_run(node_id) as live, Mp4Writer(os.path.join(folder, file), fps) as writer:
+            latent = job.run(writer, guider, sigmas, first_steps, seed, node_id, live, switcher)
+        SparseForcingStreamVideo.steered += live.steered
         saved = ui.SavedResult(file, subfolder, io.FolderType.output)
         return io.NodeOutput(
             InputImpl.VideoFromFile(str(writer.path)), {"samples": latent}, ui=ui.PreviewVideo([saved])
@@ -216,6 +250,10 @@ def _guider(model: Any, positive: list, negative: list | None, cfg: float) -> co
     )
     guider.set_cfg(cfg)
     return guider
+
+
+class _StopEarly(Exception):
+    """Leaves the sampler after a chunk, on the way that the host's own interrupt takes."""
 
 
 class VideoStream:
@@ -232,6 +270,7 @@ class VideoStream:
         self.model.set_additional_models("sparse_forcing_vae", [vae.patcher])
         self.decoder = StreamDecoder(vae)
         self.latent = _allocate(shape)
+        self.made = 0  # latent frames that are finished
 
     def run(
         self,
@@ -241,9 +280,14 @@ class VideoStream:
         first_steps: int,
         seed: int,
         node_id: str | None,
+        live: LiveRun,
+        switcher: PromptSwitcher,
     ) -> Tensor:
-        """Generate into `writer`; returns the raw latent [1, 16, F, h, w] float32."""
+        """Generate into `writer`; returns the raw latent [1, 16, F, h, w] float32, shorter if `live` stopped it."""
         self.writer, self.progress = writer, comfy.utils.ProgressBar(1, node_id)
+        self.guider, self.live, self.switcher = guider, live, switcher
+        live.takes_prompts = switcher.clip is not None
+        live.facts = self._facts()
         batch, channels, frames, height, width = self.latent.shape
         chunk = torch.zeros(batch, channels, self.chunk_frames, height, width)
         sampler = StreamSampler(
@@ -254,33 +298,74 @@ class VideoStream:
             first_steps=first_steps,
         )
         try:
-            guider.sample(
-                chunk,
-                chunk,
-                sampler,
-                sigmas,
-                callback=lambda step, x0, x, total: self.progress.update_absolute(step + 1, total),
-                seed=seed,
-            )
+            try:
+                guider.sample(
+                    chunk,
+                    chunk,
+                    sampler,
+                    sigmas,
+                    callback=lambda step, x0, x, total: self.progress.update_absolute(step + 1, total),
+                    seed=seed,
+                )
+            except _StopEarly:
+                comfy.sampler_helpers.cleanup_models(guider.conds, guider.loaded_models)
             self._write(self.decoder.flush())
         except BaseException:  # the host's interrupt is one, too
             self._tell_what_is_kept(node_id)
             raise
-        return self.latent
+        return self.latent[:, :, : self.made]
+
+    def finished(self, start: int, stop: int) -> Tensor:
+        """Finished latent frames [1, 16, stop - start, h, w] in the model's scale."""
+        return self.model.model.process_latent_in(self.latent[:, :, start:stop])
+
+    def _facts(self) -> dict[str, Any]:
+        """What the page is told with every chunk, so that one that was loaded in the middle knows it, too."""
+        prompts = self.switcher.timeline.prompts
+        frames = self.latent.shape[2]
+        return {
+            "fps": self.writer.fps,
+            "total_frames": pixel_frames(frames),
+            "timeline": [[prompt.start, prompt.text] for prompt in prompts] if len(prompts) > 1 else [],
+        }
 
     def _on_chunk(self, chunk: Chunk) -> None:
         raw = self.model.model.process_latent_out(chunk.latent.float())
         self.latent[:, :, chunk.start_frame : chunk.start_frame + raw.shape[2]] = raw.cpu()
-        self._write(self.decoder.push(raw))
-
-    def _write(self, frames: Tensor) -> None:
-        """Append frames [n, H, W, 3] in 0..1 to the file and show the last of them on the node."""
-        if len(frames) == 0:
+        self.made = chunk.start_frame + raw.shape[2]
+        frames = self._write(self.decoder.push(raw))
+        self.live.show_chunk(
+            frames,
+            done=-(-self.made // self.chunk_frames),
+            total=-(-self.latent.shape[2] // self.chunk_frames),
+            cache_bytes=self._cache_bytes(),
+            prompt=self.switcher.text,
+        )
+        if self.made == self.latent.shape[2]:
             return
+        if self.live.stopping:
+            raise _StopEarly
+        typed = self.live.take_prompt()
+        if self.switcher.next_chunk(self.made, typed) is None and typed is not None:
+            self.live.say("The new prompt could not be read; the log says why.")
+
+    def _cache_bytes(self) -> int:
+        run = self.guider.model_options["transformer_options"][RUN]
+        return sum(state.nbytes for state in run.states.values())
+
+    def _write(self, frames: Tensor) -> np.ndarray:
+        """Append frames [n, H, W, 3] in 0..1 to the file; returns them as uint8.
+
+        Where no player shows them all, the last one is the host's ordinary preview.
+        """
         images = (frames * 255).round().to(torch.uint8).numpy()
+        if len(images) == 0:
+            return images
         self.writer.append(images)
-        preview = ("JPEG", Image.fromarray(images[-1]), latent_preview.MAX_PREVIEW_RESOLUTION)
-        self.progress.update_absolute(self.progress.current, preview=preview)
+        if not self.live.has_player:
+            preview = ("JPEG", Image.fromarray(images[-1]), latent_preview.MAX_PREVIEW_RESOLUTION)
+            self.progress.update_absolute(self.progress.current, preview=preview)
+        return images
 
     def _tell_what_is_kept(self, node_id: str | None) -> None:
         """Name the file that holds the chunks finished before a stop or a failure, in the log and on the node."""

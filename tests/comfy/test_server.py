@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WORLD_DIT = ROOT / "sparse_attn" / "world" / "weights" / "world_dit.safetensors"
 FOLDER = "any-name.for_it"  # ComfyUI takes the pack under whatever name its folder has
-NODES = 5
+NODES = 6
 START_SECONDS, RUN_SECONDS = 120, 120
 
 pytestmark = [
@@ -258,3 +258,112 @@ def test_stopping_keeps_what_is_finished(server):
     assert size == (64, 48) and count >= 9 and count % 12 == 9  # whole chunks: 9, then 12 each
     assert f"{count} frames are kept in" in server.log.read_text(encoding="utf-8", errors="replace")
     assert server.run(demo(n4_seed=2))["status"]["status_str"] == "success"
+
+
+def say(server: Server, path: str, body: bytes | dict, **headers: str) -> tuple[int, dict]:
+    """(status, answer) of a POST to one of the pack's routes."""
+    if isinstance(body, dict):
+        body = json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    request = urllib.request.Request(f"{server.url}/sparse_forcing/{path}", body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        text = error.read()
+        return error.code, json.loads(text) if text else {}
+
+
+def running(server: Server, prompt_id: str, path: str, **content: Any) -> dict:
+    """Post until the prompt's node 4 has begun; returns the answer."""
+    body = {"prompt_id": prompt_id, "node": "4", **content}
+    return until(lambda: (lambda code, said: said if code == 200 else None)(*say(server, path, body)), 60)
+
+
+def test_stop_and_keep_ends_with_a_valid_video_and_latent(server):
+    workflow = demo(n4_seconds=600.0, n4_seed=3) | {
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 1], "vae": ["1", 2]}},
+        "9": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["8", 0], "filename_prefix": "kept"},
+        },
+    }
+    prompt_id = server.queue(workflow)
+    assert running(server, prompt_id, "stop") == {"stopping": True}
+    done = server.wait(prompt_id)
+    assert done["status"]["status_str"] == "success", done["status"]
+    count, size = frames_of(saved_video(server, {"4": done["outputs"]["4"]}))
+    assert size == (64, 48) and count % 12 == 9
+    assert len(done["outputs"]["9"]["images"]) == count
+    assert say(server, "stop", {"prompt_id": prompt_id, "node": "4"})[0] == 404
+    again = server.queue(workflow)  # runs anew: the short video is not what these inputs ask for
+    running(server, again, "stop")
+    assert server.wait(again)["status"]["status_str"] == "success"
+
+
+def test_a_time_line_and_a_typed_prompt_steer_the_video(server):
+    workflow = demo(n4_seconds=600.0, n4_seed=4, n4_positive=["10", 0])
+    text = "0s: a large red circle bouncing over a navy plain background\n1s: a small blue star orbiting"
+    workflow["10"] = {
+        "class_type": "SparseForcingPromptTimeline",
+        "inputs": {"clip": ["1", 1], "text": text},
+    }
+    prompt_id = server.queue(workflow)
+    assert running(server, prompt_id, "prompt", text="a large green square") == {"from_next_chunk": True}
+    body = {"prompt_id": prompt_id, "node": "4"}
+    for content, message in (({}, "text is missing"), ({"text": "x" * 9000}, "9000 characters")):
+        code, answer = say(server, "prompt", body | content)
+        assert code == 400 and message in answer["error"]
+    time.sleep(3)
+    running(server, prompt_id, "stop")
+    assert server.wait(prompt_id)["status"]["status_str"] == "success"
+    workflow["10"]["inputs"]["text"] = "0s: a\n1: b"
+    said = json.dumps(server.post("/prompt", {"prompt": workflow}))
+    assert "line 2, column 1" in said
+
+
+def test_the_routes_refuse_what_is_not_theirs(server):
+    prompt_id = server.queue(demo(n4_seconds=600.0, n4_seed=5))
+    here = server.url.removeprefix("http://")
+    good = {"prompt_id": prompt_id, "node": "4"}
+    try:
+        until(
+            lambda: say(server, "prompt", good | {"text": "x"})[0] == 409, 60
+        )  # it has begun, without a CLIP
+        refusals = [
+            (403, good, {"Origin": "http://elsewhere.example"}),
+            (403, good, {"Origin": "null"}),
+            (403, good, {"Origin": "http://127.0.0.1:1"}),
+            (403, good, {"Sec_Fetch_Site": "cross-site"}),
+            (403, good, {"Sec_Fetch_Site": "same-site"}),
+            (415, good, {"Content_Type": "text/plain"}),
+            (415, good, {"Content_Type": "application/x-www-form-urlencoded"}),
+            (413, b"[" + b"1," * 20_000 + b"1]", {}),
+            (400, b"{", {}),
+            (400, b"[" * 9_000, {}),
+            (400, b"\xff\xfe", {}),
+            (400, b"[]", {}),
+            (400, {}, {}),
+            (400, good | {"node": 4}, {}),
+            (400, good | {"node": "../4"}, {}),
+            (400, good | {"prompt_id": "x" * 65}, {}),
+            (400, good | {"prompt_id": ["x"]}, {}),
+            (404, good | {"node": "5"}, {}),
+            (404, good | {"prompt_id": "another"}, {}),
+        ]
+        for code, body, headers in refusals:
+            for path in ("stop", "prompt"):
+                assert say(server, path, body, **headers)[0] == code, (path, body, headers)
+        assert server.get("/queue")["queue_running"], "a refused request ended the run"
+        assert say(server, "stop", good, Origin=f"http://{here}", Sec_Fetch_Site="same-origin")[0] == 200
+        assert server.wait(prompt_id)["status"]["status_str"] == "success"
+    finally:
+        server.post("/interrupt", {})
+
+
+def test_two_queued_prompts_are_told_apart(server):
+    first, second = (server.queue(demo(n4_seconds=600.0, n4_seed=seed)) for seed in (6, 7))
+    assert running(server, first, "stop") == {"stopping": True}
+    server.wait(first)
+    running(server, second, "stop")
+    assert server.wait(second)["status"]["status_str"] == "success"

@@ -102,17 +102,18 @@ def tiny_vae():
     return comfy.sd.VAE(sd=pack("sparse_attn.vae").WanVAE(dim=4).state_dict())
 
 
-def stream_video(model, vae, **changes):
-    """Run the Stream Video node as the host would; returns (frames [n, H, W, 3] of its VIDEO, its LATENT, its path)."""
-    node = pack("nodes.stream_video").SparseForcingStreamVideo
+def stream_video(model, vae, node=None, **changes):
+    """Run the Stream Video node as the host would, under the id `node`; returns (frames [n, H, W, 3] of its VIDEO, its
+    LATENT, its path)."""
+    stream = pack("nodes.stream_video").SparseForcingStreamVideo
     inputs = {
         "width": 32, "height": 32, "seconds": 1.0, "seed": 3, "steps": 4, "cfg": 1.0, "chunk_frames": 3,
         "fps": 16, "filename_prefix": "clip",
     } | changes  # fmt: skip
-    schema = {i.id for i in node.define_schema().inputs}
+    schema = {i.id for i in stream.define_schema().inputs}
     assert {*inputs, "model", "positive", "vae"} <= schema
-    node.hidden = SimpleNamespace(unique_id=None)
+    stream.hidden = SimpleNamespace(unique_id=node)
     with torch.inference_mode():
-        output = node.execute(model=model, positive=inputs.pop("positive", prompt(1)), vae=vae, **inputs)
+        output = stream.execute(model=model, positive=inputs.pop("positive", prompt(1)), vae=vae, **inputs)
     video, latent = output.args
     return video.get_components().images, latent["samples"], video.get_stream_source()

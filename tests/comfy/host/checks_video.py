@@ -72,11 +72,6 @@ def check_the_opening_chunk_takes_its_own_steps():
     asking.model_options["transformer_options"][module.FIRST_STEPS] = 3
     assert torch.equal(stream_video(asking, vae)[1], three), "the loaded model's own wish"
     assert torch.equal(stream_video(asking, vae, first_steps=4)[1], usual), "the node's setting comes first"
-    asking.model_options["transformer_options"]["ar_config"] = {"initial_latent": noise(1, 4, 4)}
-    model.model_options["transformer_options"]["ar_config"] = {"initial_latent": noise(1, 4, 4)}
-    assert torch.equal(stream_video(asking, vae)[1], stream_video(model, vae)[1]), (
-        "a start image is a history"
-    )
 
 
 def check_stream_video_starts_from_an_image():

@@ -1,0 +1,295 @@
+"""What a running Stream Video node and the page say to each other.
+
+Out: events `sparse_forcing.chunk` and `sparse_forcing.end` over the host's websocket, to the page that queued the
+prompt. In: POST /sparse_forcing/stop and /sparse_forcing/prompt, which leave word for the sampling thread; it looks
+between two chunks. The page is optional: nothing that goes wrong here may stop a video.
+"""
+
+from __future__ import annotations
+
+import base64
+import io as bytes_io
+import json
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..sparse_attn.pictures import spread
+
+logger = logging.getLogger("sparse_forcing.nodes")
+
+PREVIEW_SIDE = 384  # pixels of a preview's longer side
+PREVIEW_FRAMES = 16  # at most, of a chunk
+PREVIEW_QUALITY = 80  # of the JPEGs; about 15 kB each
+WAITING_MESSAGES = 200  # when the host has more to send than this, the page gets numbers without pictures
+WAITING_CHUNKS = 2  # the same, when that many chunks' pictures are still being made
+
+MAX_BODY = 16 * 1024
+MAX_PROMPT = 8 * 1024  # characters
+PROMPT_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+NODE_ID = re.compile(r"[0-9A-Za-z_.:-]{1,64}")
+STOP, PROMPT = "/sparse_forcing/stop", "/sparse_forcing/prompt"
+
+
+class LiveRun:
+    """One run of the node as the page sees it. `facts` go along with every chunk: what stays the same all the time.
+
+    Pictures are made, and everything is sent, by a thread of its own: 12 frames of 832 x 480 take a CPU up to 0.2 s.
+    Requests are left by the server's thread and read by the sampling thread, each in one step, so there is no lock.
+    """
+
+    def __init__(self, prompt_id: str, node_id: str, client_id: str | None, server: Any):
+        self.prompt_id, self.node_id, self.client_id, self.server = prompt_id, node_id, client_id, server
+        self.facts: dict[str, Any] = {}
+        self.takes_prompts = False
+        self.stopping = False
+        self._new_prompt: deque[str] = deque(maxlen=1)
+        self._typed = False
+        self._previews = True
+        self._began = self._last = time.perf_counter()
+        self._frames = 0
+        self._sender = ThreadPoolExecutor(1, "sparse_forcing_live")
+        self._sending: list[Future] = []
+
+    def leave_prompt(self, text: str) -> None:
+        """A prompt for the next chunk; a later one takes its place."""
+        self._new_prompt.append(text)
+
+    def take_prompt(self) -> str | None:
+        """The prompt left since the last call, if any."""
+        if not self._new_prompt:
+            return None
+        self._typed = True
+        return self._new_prompt.pop()
+
+    @property
+    def steered(self) -> bool:
+        """Whether the page made this run another one than its inputs say."""
+        return self.stopping or self._typed
+
+    def show_chunk(self, frames: np.ndarray, **facts: Any) -> None:
+        """Send a chunk's frames [n, H, W, 3] uint8, smaller and fewer, and its numbers.
+
+        facts: `done` and `total` chunks, `cache_bytes`, and what else the page shows.
+        """
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        first, self._frames = self._frames, self._frames + len(frames)
+        spent = now - self._began
+        done, total = facts["done"], facts["total"]
+        self._send(
+            "chunk",
+            frames,
+            first_frame=first,
+            frame_count=len(frames),
+            seconds=round(seconds, 3),
+            fps_made=round(self._frames / spent, 2),
+            seconds_left=round((total - done) * spent / done, 1) if done else None,
+            takes_prompts=self.takes_prompts,
+            **self.facts,
+            **facts,
+        )
+
+    @property
+    def has_player(self) -> bool:
+        """Whether the page is the host's own front end, which loads the player; other clients do not say this."""
+        try:
+            flags = self.server.sockets_metadata[self.client_id]["feature_flags"]
+            return bool(flags.get("supports_preview_metadata"))
+        except (AttributeError, KeyError, TypeError):
+            return False
+
+    def say(self, text: str) -> None:
+        """A line for the page to show under the numbers."""
+        self._send("note", text=text)
+
+    def end(self, outcome: str) -> None:
+        """Say how it ended and wait until that is sent: finished, stopped (on request) or failed (error, interrupt)."""
+        self._send("end", outcome=outcome, frame_count=self._frames)
+        self._sender.shutdown()
+
+    def _send(self, event: str, frames: np.ndarray | None = None, **content: Any) -> None:
+        """Hand an event, and the frames to show with it, to the sending thread."""
+        if self.client_id is None:
+            return
+        self._sending = [task for task in self._sending if not task.done()]
+        if frames is not None and len(self._sending) >= WAITING_CHUNKS:
+            frames = frames[:0]
+        self._sending.append(self._sender.submit(self._send_now, event, frames, content))
+
+    def _send_now(self, event: str, frames: np.ndarray | None, content: dict[str, Any]) -> None:
+        try:
+            content = {"prompt_id": self.prompt_id, "node": self.node_id, **content}
+            if frames is not None:
+                content["pictures"] = self._pictures(frames, content["first_frame"])
+            self.server.send_sync(f"sparse_forcing.{event}", content, self.client_id)
+        except Exception:
+            self.client_id = None
+            logger.warning(
+                "The page could not be told about this run and hears no more of it.", exc_info=True
+            )
+
+    def _pictures(self, frames: np.ndarray, first: int) -> list[list[Any]]:
+        """[frame number, JPEG in base64] of the frames to show; none after a failure or where sending lags behind."""
+        if not self._previews:
+            return []
+        try:
+            if self.server.messages.qsize() > WAITING_MESSAGES:
+                return []
+            return [[first + i, jpeg(frames[i])] for i in spread(len(frames), PREVIEW_FRAMES)]
+        except Exception:
+            self._previews = False
+            logger.warning("The live preview failed and is off for this run.", exc_info=True)
+            return []
+
+
+RUNS: dict[tuple[str, str], LiveRun] = {}  # those in progress, by prompt and node
+
+
+@contextmanager
+def live_run(node_id: str | None) -> Iterator[LiveRun]:
+    """A run of the node in the prompt that the host executes now; while it lasts, the routes find it."""
+    prompt_id, server = _executing()
+    client_id = None if server is None or node_id is None else server.client_id
+    run = LiveRun(prompt_id, node_id or "", client_id, server)
+    key = (run.prompt_id, run.node_id)
+    RUNS[key] = run
+    outcome = "failed"
+    try:
+        yield run
+        outcome = "stopped" if run.stopping else "finished"
+    finally:
+        RUNS.pop(key, None)
+        run.end(outcome)
+
+
+def jpeg(frame: np.ndarray) -> str:
+    """A frame [H, W, 3] uint8 as a JPEG of at most PREVIEW_SIDE pixels a side, in base64."""
+    image = Image.fromarray(frame)
+    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    out = bytes_io.BytesIO()
+    image.save(out, "JPEG", quality=PREVIEW_QUALITY)
+    return base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def _executing() -> tuple[str, Any]:
+    """(id of the prompt being executed, the host's server), "" and None outside a server."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
+    context = get_executing_context()
+    return (context.prompt_id if context else ""), getattr(PromptServer, "instance", None)
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """A request that is answered with an error; status is HTTP's."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+def add_routes() -> None:
+    """Register the routes with the host's server, if there is one; a second copy of the pack leaves the first's."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+    if any(getattr(route, "path", None) == STOP for route in server.routes):
+        logger.warning(
+            "Sparse Forcing is installed twice. Stop and live prompts work for the first copy only: remove one."
+        )
+        return
+    server.routes.post(STOP)(_answering(stop))
+    server.routes.post(PROMPT)(_answering(set_prompt))
+
+
+def stop(content: dict[str, Any]) -> dict[str, Any]:
+    """{prompt_id, node}: end that run after its current chunk, and keep the video."""
+    _find(content).stopping = True
+    return {"stopping": True}
+
+
+def set_prompt(content: dict[str, Any]) -> dict[str, Any]:
+    """{prompt_id, node, text}: the prompt from the next chunk on."""
+    run, text = _find(content), content.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise Refused(400, "text is missing: send the new prompt.")
+    if len(text) > MAX_PROMPT:
+        raise Refused(400, f"text has {len(text)} characters: send at most {MAX_PROMPT}.")
+    if not run.takes_prompts:
+        raise Refused(
+            409, "This run has no CLIP to read a prompt with: connect clip, or a Prompt Timeline node."
+        )
+    run.leave_prompt(text.strip())
+    return {"from_next_chunk": True}
+
+
+def _find(content: dict[str, Any]) -> LiveRun:
+    prompt_id, node_id = content.get("prompt_id"), content.get("node")
+    for name, value, form in (("prompt_id", prompt_id, PROMPT_ID), ("node", node_id, NODE_ID)):
+        if not isinstance(value, str) or form.fullmatch(value) is None:
+            raise Refused(400, f"{name} is missing or is no id.")
+    run = RUNS.get((str(prompt_id), str(node_id)))
+    if run is None:
+        raise Refused(404, "This run is not in progress.")
+    return run
+
+
+def _answering(action: Any) -> Any:
+    """The action as a request handler: reads and checks the request, answers in JSON."""
+    from aiohttp import web
+
+    async def handler(request: web.Request) -> web.Response:
+        try:
+            return web.json_response(action(await _read(request)))
+        except Refused as error:
+            return web.json_response({"error": str(error)}, status=error.status)
+
+    return handler
+
+
+async def _read(request: Any) -> dict[str, Any]:
+    """The request's JSON object. Refuses what another site's page could send, and bodies that are too large."""
+    if not same_origin(request.headers, request.host):
+        raise Refused(403, "Requests from other sites are refused.")
+    if (
+        request.content_type != "application/json"
+    ):  # a form, which browsers post anywhere, never has this type
+        raise Refused(415, "Send application/json.")
+    body = b""
+    while len(body) <= MAX_BODY:
+        piece = await request.content.read(MAX_BODY + 1 - len(body))
+        if not piece:
+            break
+        body += piece
+    if len(body) > MAX_BODY:
+        raise Refused(413, f"The body is larger than {MAX_BODY} bytes.")
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, "The body is not JSON.") from None
+    if not isinstance(content, dict):
+        raise Refused(400, "The body is not a JSON object.")
+    return content
+
+
+def same_origin(headers: Any, host: str) -> bool:
+    """Whether a request comes from the host's own page, or from a program that is no browser (it sends neither)."""
+    site = headers.get("Sec-Fetch-Site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = headers.get("Origin")
+    return origin is None or origin.partition("://")[2] == host

@@ -1,0 +1,251 @@
+"""The player on the real front end: frames during the run, stop and keep, a typed prompt, reload, save and load."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = ROOT / "docs" / "images"  # written anew with PLAYER_PICTURES=1
+WANTED = bool(os.environ.get("PLAYER_PICTURES"))
+SIZE = (256, 256) if WANTED else (128, 96)  # the model's own size is slow on a CPU
+PATIENCE = 300_000 if WANTED else 120_000  # milliseconds
+LONG = 600.0  # seconds of video: longer than any test waits
+
+PLAYER = "document.querySelector('.sf-player')"
+READY = "window.app?.graph && window.app.extensionManager"
+
+
+class Page:
+    """A tab with the demo workflow in it."""
+
+    def __init__(self, tab: Any, server: Any):
+        self.tab, self.server = tab, server
+        self.errors: list[str] = []
+        tab.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def open(self) -> None:
+        self.tab.goto(self.server.url)
+        self.tab.wait_for_function(READY, timeout=PATIENCE)
+        self.tab.wait_for_timeout(1000)
+
+    def load(self, workflow: dict) -> None:
+        self.tab.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+        self.tab.wait_for_selector(".sf-player", timeout=PATIENCE)
+
+    def queue(self) -> None:
+        self.tab.evaluate("() => app.queuePrompt(0, 1)")
+
+    def saved(self) -> dict:
+        return self.tab.evaluate("() => app.graph.serialize()")
+
+    def prompt(self) -> dict:
+        return self.tab.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def player(self, what: str) -> Any:
+        return self.tab.evaluate(f"() => {PLAYER}.{what}")
+
+    def wait(self, condition: str) -> None:
+        self.tab.wait_for_function(
+            f"() => {{ const p = {PLAYER}; return p && {condition}; }}", timeout=PATIENCE
+        )
+
+    def state(self, name: str) -> None:
+        self.wait(f"p.dataset.state === '{name}'")
+
+    def frames(self, count: int) -> None:
+        self.wait(f"Number(p.dataset.frames) >= {count}")
+
+    def button(self, name: str) -> Any:
+        return self.tab.locator(".sf-player").get_by_role("button", name=name)
+
+    def press(self, key: str) -> None:
+        self.tab.locator(".sf-player").press(key)
+
+
+def workflow(seed: int, seconds: float = LONG, prompts: str = "") -> dict:
+    """The demo, small; with `prompts` a Prompt Timeline of them in place of its prompt."""
+    graph = json.loads((ROOT / "workflows" / "world_model_demo.json").read_text(encoding="utf-8"))
+    nodes = {node["type"]: node for node in graph["nodes"]}
+    nodes["SparseForcingStreamVideo"]["widgets_values"][:4] = [*SIZE, seconds, seed]
+    if prompts:
+        nodes["CLIPTextEncode"]["type"] = "SparseForcingPromptTimeline"
+        nodes["CLIPTextEncode"]["properties"] = {"Node name for S&R": "SparseForcingPromptTimeline"}
+        nodes["CLIPTextEncode"]["widgets_values"] = [prompts]
+    graph["extra"]["ds"] = {"scale": 1, "offset": [-720, 0]}
+    return graph
+
+
+@pytest.fixture
+def page(browser, server):
+    settings(server)
+    tab = browser.new_page(viewport={"width": 720, "height": 900})
+    page = Page(tab, server)
+    page.open()
+    yield page
+    server.post("/interrupt", {})
+    tab.close()
+    assert not page.errors
+
+
+def settings(server: Any, vue: bool = False, palette: str = "dark") -> None:
+    chosen = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": palette}
+    server.post("/api/settings", chosen)
+
+
+def newest_video(server: Any) -> tuple[int, float]:
+    """(frames, seconds) of the newest file, decoded to its end."""
+    path = max((server.base / "output" / "video").glob("*.mp4"), key=lambda path: path.stat().st_mtime_ns)
+    with av.open(str(path)) as video:
+        times = [frame.time for frame in video.decode(video=0)]
+    return len(times), times[-1]
+
+
+def test_frames_play_during_the_run_and_stop_keeps_a_playable_file(page):
+    page.load(workflow(1))
+    page.tab.evaluate(
+        """() => { window.seen = new Set(); setInterval(() => {
+            const canvas = document.querySelector('.sf-player canvas');
+            if (canvas.width > 1) window.seen.add(canvas.toDataURL());
+        }, 30); }"""
+    )
+    page.queue()
+    page.frames(21)
+    page.tab.wait_for_function("() => window.seen.size >= 4", timeout=PATIENCE)
+    assert page.player("dataset.state") == "running"
+    numbers = page.player("querySelector('.sf-numbers').textContent")
+    for part in ("chunk ", " FPS", " s a chunk", "cache ", " left"):
+        assert part in numbers
+    picture(page, "player_dark")
+    page.button("Stop and keep").click()
+    page.state("stopped")
+    count, end = newest_video(page.server)
+    assert count >= 21 and count % 12 == 9 and end == pytest.approx((count - 1) / 16, abs=0.01)
+    assert page.button("Stop and keep").is_disabled()
+    assert "complete" in page.player("querySelector('.sf-note').textContent")
+    queue = page.server.get("/queue")
+    assert not queue["queue_running"] or not queue["queue_pending"]
+
+
+def test_keys_and_scrub_bar_move_through_what_exists(page):
+    page.load(workflow(2, seconds=1.7))
+    page.queue()
+    page.state("finished")
+    page.button("Play").wait_for(timeout=PATIENCE)  # it has come to its end
+    page.press("Home")
+    page.wait("p.dataset.shown === '0'")
+    page.press("End")
+    page.wait("p.dataset.shown === '32'")
+    page.press("ArrowLeft")
+    page.wait("p.dataset.shown === '17'")
+    page.press("Home")
+    page.press(" ")
+    page.button("Pause").wait_for(timeout=PATIENCE)
+    page.wait("Number(p.dataset.shown) >= 5")
+    page.press(" ")
+    page.button("Play").wait_for(timeout=PATIENCE)
+    bar = page.tab.locator(".sf-player").get_by_role("slider", name="Position in seconds")
+    bar.fill("1")
+    page.wait("p.dataset.shown === '16'")
+    assert page.prompt().keys() == {"1", "2", "3", "4"}  # space and arrows did nothing to the graph
+
+
+def test_prompts_over_time_and_a_typed_one(page):
+    page.load(
+        workflow(3, prompts="0s: a large red circle over a navy plain background\n300s: a small blue star")
+    )
+    page.queue()
+    page.frames(9)
+    bar = page.tab.get_by_role("list", name="Prompts over time").get_by_role("listitem")
+    assert [bar.nth(i).get_attribute("aria-current") for i in range(bar.count())] == ["true", "false"]
+    box = page.tab.get_by_role("textbox", name="New prompt, from the next chunk on")
+    box.fill("a large yellow square over a white plain background")
+    box.press("Enter")
+    page.wait("p.querySelector('.sf-note').textContent.startsWith('From the next chunk on')")
+    before = int(page.player("dataset.frames"))
+    page.frames(before + 24)
+    picture(page, "player_prompt")
+    assert [bar.nth(i).get_attribute("aria-current") for i in range(bar.count())] == ["false", "false"]
+    page.button("Stop and keep").click()
+    page.state("stopped")
+
+
+def test_a_page_that_is_reloaded_in_the_middle_goes_on(page):
+    page.load(workflow(4))
+    page.queue()
+    page.frames(9)
+    page.tab.evaluate("() => app.extensionManager.workflow?.activeWorkflow?.changeTracker?.checkState?.()")
+    page.tab.reload()
+    page.tab.wait_for_function(READY, timeout=PATIENCE)
+    page.tab.wait_for_timeout(1000)
+    if not page.tab.locator(".sf-player").count():  # the front end has not kept the unsaved workflow
+        page.load(workflow(4))
+    page.frames(12)
+    assert page.player("dataset.state") == "running"
+    page.button("Stop and keep").click()
+    page.state("stopped")
+
+
+def test_the_workflow_is_saved_and_loaded_unchanged(page):
+    given = workflow(5)
+    page.load(given)
+    first, prompt = page.saved(), page.prompt()
+    stream = next(node for node in first["nodes"] if node["id"] == 4)
+    values = next(node for node in given["nodes"] if node["id"] == 4)["widgets_values"]
+    assert stream["widgets_values"] == [*values, "re-cache"][: len(stream["widgets_values"])]
+    assert (
+        set(prompt["4"]["inputs"]) >= {"width", "on_prompt_change"} and "player" not in prompt["4"]["inputs"]
+    )
+    page.load(first)
+    assert page.saved()["nodes"] == first["nodes"] and page.prompt() == prompt
+
+
+@pytest.mark.parametrize(("vue", "palette"), [(False, "light"), (True, "dark"), (True, "light")])
+def test_renderers_and_themes(browser, server, vue, palette):
+    settings(server, vue, palette)
+    page = Page(browser.new_page(viewport={"width": 720, "height": 900}), server)
+    try:
+        page.open()
+        page.load(workflow(60 + 2 * vue + (palette == "light"), seconds=1.0))  # else the host has it cached
+        page.queue()
+        page.state("finished")
+        page.tab.wait_for_timeout(500)
+        picture(page, f"player_{'vue_' if vue else ''}{palette}")
+        box = page.tab.locator(".sf-player canvas").bounding_box()
+        assert box["width"] > 150 and box["height"] > 80
+        light = page.tab.evaluate(
+            f"() => getComputedStyle({PLAYER}).backgroundColor.match(/[\\d.]+/g).map(Number)[0]"
+        )
+        assert (light > 128) == (palette == "light")
+    finally:
+        page.tab.close()
+        settings(server)
+    assert not page.errors
+
+
+def test_an_hour_of_frames_stays_bounded_and_thins_out_evenly(page):
+    numbers = page.tab.evaluate(
+        """async () => {
+            const path = (await (await fetch('/extensions')).json()).find((name) => name.endsWith('js/player.js'));
+            const { FrameStore } = await import(path);
+            const store = new FrameStore();
+            for (let i = 0; i < 57600; i++) store.add(i, null);
+            return { kept: store.frames.map((f) => f.number), at: store.at(57000).number, early: store.at(-1).number };
+        }"""
+    )
+    kept = numbers["kept"]
+    assert len(kept) <= 1200 and kept[0] == 0 and kept[-300:] == list(range(57300, 57600))
+    gaps = [b - a for a, b in zip(kept, kept[1:])]
+    assert set(gaps[:850]) == {64}  # 4 seconds, over nearly the whole hour
+    assert numbers["at"] == 890 * 64 and numbers["early"] == 0
+
+
+def picture(page: Page, name: str) -> None:
+    """A small picture of the node for the documentation, where asked for."""
+    if WANTED:
+        page.tab.locator(".sf-player").screenshot(path=str(PICTURES / f"{name}.png"))
