@@ -18,6 +18,7 @@ class SparseForcingExtension(ComfyExtension):
         from .loaders import SparseForcingModelLoader, SparseForcingWorldModel
         from .prompt_timeline import SparseForcingPromptTimeline
         from .sampler import SparseForcingSampler
+        from .session_nodes import LoadSparseForcingSession, SaveSparseForcingSession
         from .stream_video import SparseForcingStreamVideo
 
         add_routes()
@@ -28,4 +29,6 @@ class SparseForcingExtension(ComfyExtension):
             SparseForcingSampler,
             SparseForcingStreamVideo,
             SparseForcingPromptTimeline,
+            SaveSparseForcingSession,
+            LoadSparseForcingSession,
         ]

@@ -56,8 +56,13 @@ class LiveRun:
         self._previews = True
         self._began = self._last = time.perf_counter()
         self._frames = 0
+        self._before = (0, 0)  # frames and chunks that an earlier run made
         self._sender = ThreadPoolExecutor(1, "sparse_forcing_live")
         self._sending: list[Future] = []
+
+    def start_behind(self, frames: int, chunks: int) -> None:
+        """This run goes on behind `frames` video frames, `chunks` chunks, of an earlier one."""
+        self._frames, self._before = frames, (frames, chunks)
 
     def leave_prompt(self, text: str) -> None:
         """A prompt for the next chunk; a later one takes its place."""
@@ -85,14 +90,15 @@ class LiveRun:
         first, self._frames = self._frames, self._frames + len(frames)
         spent = now - self._began
         done, total = facts["done"], facts["total"]
+        made = done - self._before[1]  # by this run
         self._send(
             "chunk",
             frames,
             first_frame=first,
             frame_count=len(frames),
             seconds=round(seconds, 3),
-            fps_made=round(self._frames / spent, 2),
-            seconds_left=round((total - done) * spent / done, 1) if done else None,
+            fps_made=round((self._frames - self._before[0]) / spent, 2),
+            seconds_left=round((total - done) * spent / made, 1) if made else None,
             takes_prompts=self.takes_prompts,
             **self.facts,
             **facts,

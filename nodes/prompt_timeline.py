@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sparse_attn.timeline import Policy, TimedPrompt, change_prompt, parse_timeline, prompt_at, seconds_at
+from .keeping import conditioning_key
 from .session import RUN
 
 logger = logging.getLogger("sparse_forcing.nodes")
@@ -125,6 +126,16 @@ class PromptSwitcher:
         self.guider, self.sigmas, self.seed, self.fps = guider, sigmas, seed, fps
         self.policy, self.recent = policy, recent
         self.now, self.text = 0, timeline.prompts[0].text
+        self.conditioning = timeline.conditionings[0]  # in force
+
+    def resume(self, latent_frame: int, key: str) -> None:
+        """Go on at `latent_frame` with a memory that was written under the conditioning of that `key`."""
+        self.now = prompt_at(self.timeline.prompts, seconds_at(latent_frame, self.fps))
+        self.text, conditioning = self.timeline.prompts[self.now].text, self.timeline.conditionings[self.now]
+        if conditioning_key(conditioning) != key:
+            self._change(conditioning, self.policy)
+        elif self.now:
+            self._change(conditioning, "keep")
 
     def next_chunk(self, latent_frame: int, typed: str | None) -> str | None:
         """Make ready for the chunk that starts at `latent_frame`; returns the new prompt if it is another one now.
@@ -142,7 +153,7 @@ class PromptSwitcher:
             conditioning = self.timeline.conditionings[due]
         else:
             return None
-        self._change(conditioning)
+        self._change(conditioning, self.policy)
         return self.text
 
     def _encode(self, text: str) -> list | None:
@@ -157,7 +168,7 @@ class PromptSwitcher:
             models = [self.guider.model_patcher, *self.guider.loaded_models]
             comfy.model_management.load_models_gpu(models)
 
-    def _change(self, conditioning: list) -> None:
+    def _change(self, conditioning: list, policy: Policy) -> None:
         guider, device = self.guider, self.guider.model_patcher.load_device
         run = guider.model_options["transformer_options"][RUN]
         before = guider.conds["positive"]
@@ -174,10 +185,10 @@ class PromptSwitcher:
         )["positive"]
         for old, new in zip(before, positive, strict=True):
             new["uuid"] = old["uuid"]  # the key of its memory
-        guider.conds["positive"] = positive
+        guider.conds["positive"], self.conditioning = positive, conditioning
         states = list(run.states.values())
         change_prompt(
-            self._denoise(run), run, states, lambda *span: self.recent(*span).to(device), self.policy,
+            self._denoise(run), run, states, lambda *span: self.recent(*span).to(device), policy,
             run.chunk_frames,
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import comfy.model_management
@@ -31,7 +31,9 @@ class StreamSampler(comfy.samplers.KSAMPLER):
     As an ordinary SAMPLER it fills the latent it is given, starting from the given noise. With `total_frames` it works
     from a latent of one chunk instead and generates that many latent frames, each chunk handed to `on_chunk` and
     dropped, so that no tensor grows with the video. `reserve_bytes` is extra device memory the caller will need.
-    `first_steps` > 0 gives the first generated chunk that many steps of the shift-5 schedule.
+    `first_steps` > 0 gives the first generated chunk that many steps of the shift-5 schedule. on_open(run, base model,
+    x) is called before the first pass, and may restore a session into the run. With `clean_last` the last chunk enters
+    the memory, too, so that a later run can go on from there.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class StreamSampler(comfy.samplers.KSAMPLER):
         on_chunk: Callable[[Chunk], None] | None = None,
         reserve_bytes: int = 0,
         first_steps: int = 0,
+        on_open: Callable[[SamplingRun, Any, Tensor], None] | None = None,
+        clean_last: bool = False,
     ):
         super().__init__(sample_stream)
+        self.on_open, self.clean_last = on_open, clean_last
         self.chunk_frames, self.total_frames, self.on_chunk = chunk_frames, total_frames, on_chunk
         self.reserve_bytes, self.first_steps = reserve_bytes, first_steps
 
@@ -125,10 +130,15 @@ def sample_stream(
             run.begin_pass()
             return model(latent, sigma * s_in, **extra_args)
 
-        start = _start_frames(base, options, x)
-        if start is not None:
+        if sampler.on_open is not None:
+            sampler.on_open(run, base, x)
+        start, resumed = _start_frames(base, options, x), run.frame > 0
+        if start is not None and not resumed:
             prefill(denoise, run, start, run.chunk_frames)
-        chunks = _chunks(denoise, run, schedule, x, start, extra_args.get("seed") or 0, sampler, report)
+        given = 0 if start is None else start.shape[2]
+        chunks = _chunks(denoise, run, schedule, x, given, extra_args.get("seed") or 0, sampler, report)
+        if start is not None and not resumed:
+            chunks = chain([Chunk(-1, 0, start, 0.0)], chunks)
         if sampler.on_chunk is not None:
             for chunk in chunks:
                 sampler.on_chunk(chunk)
@@ -179,24 +189,21 @@ def _chunks(
     run: SamplingRun,
     schedule: SamplerConfig,
     x: Tensor,
-    start: Tensor | None,
+    given: int,
     seed: int,
     sampler: StreamSampler,
     report: Callable | None,
 ) -> Iterator[Chunk]:
-    """The video's chunks, the given start first."""
-    given = 0
-    if start is not None:
-        given = start.shape[2]
-        yield Chunk(-1, 0, start, 0.0)
+    """The chunks that follow what `run` remembers, of which `given` frames were not generated."""
     total = run.total_frames - given
-    chunks = -(-total // schedule.chunk_frames)
-    steps = sum(len(schedule.sigmas_of(chunk)) + 1 for chunk in range(chunks))
+    first, chunks = (run.frame - given) // schedule.chunk_frames, -(-total // schedule.chunk_frames)
+    steps = sum(len(schedule.sigmas_of(chunk)) + 1 for chunk in range(first, chunks))
+    steps -= not sampler.clean_last
     passes = count()
 
     def on_pass(_chunk: int, _index: int, _passes: int, x0: Tensor) -> None:
         if report is not None:
-            report(next(passes), x0, x0, steps - 1)  # the last chunk needs no clean pass
+            report(next(passes), x0, x0, steps)
 
     yield from stream(
         denoise,
@@ -207,6 +214,7 @@ def _chunks(
         seed=seed,
         noise=None if sampler.total_frames else x[:, :, given:],
         on_pass=on_pass,
-        clean_last=False,
+        start_chunk=first,
+        clean_last=sampler.clean_last,
         device=x.device,
     )

@@ -8,7 +8,11 @@ import comfy.ldm.wan.vae
 import torch
 from torch import Tensor
 
+from ..sparse_attn.session import check_decoder
+
 LATENT_CHANNELS = 16
+WAITING = "waiting"
+MARK = "Rep"  # the host's, in its cache: an upsampler that has seen the first frame
 
 
 def require_wan_vae(vae: Any) -> None:
@@ -60,6 +64,28 @@ class StreamDecoder:
         """Frames of a latent frame still waiting (4 or none)."""
         waiting, self._waiting = self._waiting, None
         return torch.empty(0, 0, 0, 3) if waiting is None else self._decode(waiting)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What is remembered between two pushes, by the cache's places; the host's marks become a bool."""
+        kept = {str(place): value for place, value in enumerate(self._cache) if value is not None}
+        if self._waiting is not None:
+            kept[WAITING] = self._waiting
+        return {
+            name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else torch.ones(1) > 0
+            for name, value in kept.items()
+        }
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Go on where `snapshot` was taken. Raises SessionError where it is not of such a VAE."""
+        places = {str(place): place for place in range(len(self._cache))}
+        check_decoder(saved, {*places, WAITING})
+        waiting = saved.get(WAITING)
+        self._waiting = None if waiting is None else waiting.to(self.vae.device)
+        self._started = bool(saved)
+        self._cache = [None] * len(self._cache)
+        for name in saved.keys() - {WAITING}:
+            value = saved[name]
+            self._cache[places[name]] = MARK if value.dtype == torch.bool else value.to(self.vae.device)
 
     def _no_frames(self, latent: Tensor) -> Tensor:
         return torch.empty(0, 8 * latent.shape[3], 8 * latent.shape[4], 3)

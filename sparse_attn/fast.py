@@ -34,6 +34,7 @@ from ..kernels import BlockLists, fused, pbsa_attention
 from .fast_weights import FastBlock, FastModel, FastOptions
 from .frame_cache import FrameCache
 from .memory import PagedKV
+from .rollout import upload
 from .router import choose_blocks
 from .state import StreamState, sdpa
 from .wan import (
@@ -220,7 +221,6 @@ class FastPass:
         self._opened: object = None  # the open chunk's table object: a new one means a new chunk
         self._tables: tuple[Tensor, ...] = ()
         self._rope: tuple[Tensor, Tensor] | None = None
-        self._rows: dict[int, Tensor] = {}
         self._kept: dict[tuple, Kept] = {}
         self._kept_in_chunk = -1
 
@@ -250,14 +250,14 @@ class FastPass:
             self._kept_in_chunk = self._chunk
         if isinstance(self.memory.cache, PagedKV):
             self.memory.cache.importance = list(importance)
-        self.memory._attended.update(range(self.model.num_layers))
+        self.memory.wrote_all()
         return flow
 
     # what changes from chunk to chunk
 
     def _open(self, x: Tensor) -> None:
         memory, cache = self.memory, self.memory.cache
-        frames, grid = memory._open_frames, tuple(side // PATCH for side in x.shape[3:])
+        frames, grid = memory.open_frames, tuple(side // PATCH for side in x.shape[3:])
         if not frames or (x.shape[0], x.shape[2], grid) != (memory.batch, frames, tuple(memory.grid)):
             raise ValueError(
                 f"a pass over x of shape {list(x.shape)}, but the open chunk has {frames} frames of "
@@ -269,23 +269,14 @@ class FastPass:
         if isinstance(cache, PagedKV):
             self._tables = (cache.current, cache.persistent_slots, cache.window_slots)
         else:
-            self._tables = (_upload(torch.tensor(cache.current, dtype=torch.int32), x.device),)
+            self._tables = (upload(torch.tensor(cache.current, dtype=torch.int32), x.device),)
         self._rope = None
 
     def _rope_of(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rope is None:
             cos, sin = self.model.rope(self.memory.t_start, frames, height, width, "cpu")
-            self._rope = _upload(cos, device), _upload(sin, device)
+            self._rope = upload(cos, device), upload(sin, device)
         return self._rope
-
-    def _token_rows(self, cache: PagedKV) -> Tensor:
-        """[NB, T] int32: the chunk's token in each row of each block, -1 for none."""
-        frames = cache.chunk.grid[0]
-        if frames not in self._rows:
-            device = cache.page_len.device
-            numbers = torch.arange(1, cache.chunk.num_tokens + 1, device=device)[None, :, None, None]
-            self._rows[frames] = cache.chunk.pack(numbers)[0, ..., 0].to(torch.int32) - 1
-        return self._rows[frames]
 
     def _extent(self) -> float:
         """What else a graph depends on: how many frames of the cache are read, or which share of the window."""
@@ -386,7 +377,7 @@ class FastPass:
             with named_range("attention"), best_attention(q.device):
                 return memory.dense_attention(q, *cache.read(layer)).flatten(2), None
         current, persistent, window = (table[layer] for table in inputs.tables)
-        rows = self._token_rows(cache)
+        rows = cache.chunk.tokens
         with named_range("element-wise"):
             q_blocks, pooled_q = fused.norm_rope_to_pages(
                 *parts, rows, current, cache.k_pages[layer], cache.v_pages[layer], cache.pooled[layer],
@@ -419,9 +410,8 @@ class FastPass:
             lists = kept.lists[layer]
         if lists is None:
             with named_range("router"):
-                topk = self.memory.attention.topk_after(self.memory.frame)
                 lists, importance = choose_blocks(
-                    pooled_q, cache.pooled[layer], always, local, topk, self.backend
+                    pooled_q, cache.pooled[layer], always, local, self._extent(), self.backend
                 )
             if kind == FIRST and self.options.router_once:
                 assert kept is not None
@@ -464,7 +454,7 @@ class FastPass:
         if self._why_no_graph():
             return None
         cache = self.memory.cache
-        if isinstance(cache, FrameCache) and cache._gather is not None:
+        if isinstance(cache, FrameCache) and cache.scattered:
             return None  # frames in use are scattered: the host makes their table, only while a memory fills
         if key not in self.graphs.captured:
             if self.graphs.met.setdefault(key, self._chunk) == self._chunk:
@@ -525,11 +515,6 @@ def _keep(held: tuple[Tensor, ...] | None, found: tuple[Tensor, ...]) -> tuple[T
     for mine, new in zip(held, found):
         mine.copy_(new)
     return tuple(held)
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for what that still computes."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def best_attention(device: torch.device) -> AbstractContextManager:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .positions import shift_time
 
+RECENT_FRAMES = 12  # the recent part of an unbounded cache: as many as LongLive reads again
+
 
 class FrameCache:
     """Keys and values of `capacity` latent frames for every layer: k, v [L, B, capacity, tokens a frame, H, D].
@@ -49,6 +51,11 @@ class FrameCache:
         self.slots: list[int] = []  # where each of them lies
         self.current: list[int] = []  # slots of the open chunk
         self._gather: Tensor | None = None
+
+    @property
+    def scattered(self) -> bool:
+        """Whether `read` gathers frames by a table that the host made, instead of giving a view of the pool."""
+        return self._gather is not None
 
     def begin_chunk(self, frame: int, frames: int) -> int:
         """Make room for the chunk that starts at latent frame `frame`; returns its temporal index."""
@@ -90,6 +97,36 @@ class FrameCache:
         self.frames += range(frame, frame + len(self.current))
         self.slots += self.current
         self.current = []
+
+    def recent_frames(self, keep_sink: bool = True) -> int:
+        """How many of the newest frames are read again when the prompt changes.
+
+        An unbounded cache: the last RECENT_FRAMES. A bounded one: the frames behind the sink; all of them without
+        keep_sink, or while no frame has left between the sink and the others, as in LongLive.
+        """
+        kept = len(self.frames)
+        if not self.bounded:
+            return min(kept, RECENT_FRAMES)
+        gap = kept > 0 and self.frames[-1] - self.frames[0] >= kept
+        return kept - self.sink if keep_sink and gap else kept
+
+    def rewind(self, frames: int) -> None:
+        """Take out the newest `frames`, to be written again."""
+        keep = len(self.frames) - frames
+        assert keep >= 0, f"{frames} frames taken from {len(self.frames)}"
+        del self.frames[keep:], self.slots[keep:]
+
+    def begin_recache(self, frame: int, keep_sink: bool) -> tuple[int, int]:
+        """Open `recent_frames` of what is kept once more, as one chunk that ends before latent frame `frame`.
+
+        Without keep_sink all older frames are forgotten, so the first of those read again become the sink. Go on as
+        with any chunk: write, read, end_chunk at its first frame. -> (how many frames, their temporal index).
+        """
+        frames = self.recent_frames(keep_sink)
+        self.rewind(frames)
+        if not keep_sink:
+            self.rewind(len(self.frames))
+        return frames, self.begin_chunk(frame - frames, frames)
 
     def tensors(self) -> dict[str, Tensor]:
         """The pool, by name: all that lives on the device between chunks."""

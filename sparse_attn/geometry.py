@@ -17,7 +17,8 @@ class BlockGeometry:
     """Tiles of one chunk of `frames` x `height` x `width` tokens, each of at most `block_tokens` (T).
 
     tile (t, h, w): the largest tile; num_blocks NB; num_tokens N; lens [NB] int32: the tokens in each block;
-    first_frame [NB] int32: the chunk's frame in which the block begins. Blocks run over time, then height, then width.
+    first_frame [NB] int32: the chunk's frame in which the block begins; tokens [NB, T] int32: the chunk's token in each
+    row of each block, -1 for none. Blocks run over time, then height, then width.
     `device` is where these tensors are, and where `pack` and `unpack` work.
     """
 
@@ -37,7 +38,11 @@ class BlockGeometry:
         lens = torch.bincount(block_of_token, minlength=self.num_blocks)
         first_frame = _axis_starts(frames, counts[0]).repeat_interleave(counts[1] * counts[2])
         self.lens, self.first_frame = (x.to(device, torch.int32) for x in (lens, first_frame))
-        self._rows = _padded_rows(block_of_token, lens, block_tokens).to(device)
+        rows = _padded_rows(block_of_token, lens, block_tokens)
+        tokens = torch.full((self.num_blocks * block_tokens,), -1, dtype=torch.int32)
+        tokens[rows] = torch.arange(self.num_tokens, dtype=torch.int32)
+        self.tokens = tokens.view(self.num_blocks, block_tokens).to(device)
+        self._rows = rows.to(device)
 
     def pack(self, x_BNHD: Tensor) -> Tensor:
         """Tokens [B, N, H, D] in frame, height, width order -> blocks [B*H, NB, T, D]; padding rows are zero."""

@@ -129,6 +129,19 @@ class PagedKV:
         if len(self.window) == self.window_chunks:
             self._evict_oldest()
 
+    def recent_frames(self, keep_sink: bool = True) -> int:
+        """Latent frames of the window: what is not yet long-lived memory, whatever becomes of the sink."""
+        return sum(chunk.frames for chunk in self.window)
+
+    def rewind(self, frames: int, end: int) -> None:
+        """Take the newest `frames`, whole chunks of the window, out again; `end`: the next chunk's latent frame."""
+        while frames > 0:
+            chunk = self.window.pop()
+            if end <= self.attention.sink_frames:
+                self.pinned -= chunk.blocks  # counted again when it is finished again
+            self.time -= chunk.frames
+            end, frames = end - chunk.frames, frames - chunk.frames
+
     def tensors(self) -> dict[str, Tensor]:
         """The pool and its tables, by name: all that lives on the device between chunks."""
         names = ("k_pages", "v_pages", "pooled", "page_len", "page_frame", "table")

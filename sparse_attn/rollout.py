@@ -75,18 +75,18 @@ def stream(
     """
     sampler.validate()
     total, first_x = _plan(sampler, shape, total_frames, seed, noise, device)
+    x = first_x(start_chunk)
     for index in count(start_chunk):
-        start = index * sampler.chunk_frames
-        frames = sampler.chunk_frames if total is None else min(sampler.chunk_frames, total - start)
-        if frames <= 0:
+        if x is None:
             return
-        clean = clean_last or total is None or start + frames < total
+        frames = x.shape[2]
+        clean = clean_last or total is None or index * sampler.chunk_frames + frames < total
         began, start_frame = time.perf_counter(), memory.frame
-        sigmas = sampler.sigmas_of(index)
         memory.begin_chunk(frames)
-        latent = _denoise_chunk(denoise, sigmas, first_x(index, frames), seed, index, on_pass, clean)
+        latent = _denoise_chunk(denoise, sampler.sigmas_of(index), x, seed, index, on_pass, clean)
         if clean:
             memory.end_chunk()
+        x = first_x(index + 1)  # the host draws while the device still computes
         _wait_for(latent)
         yield Chunk(index, start_frame, latent, time.perf_counter() - began)
 
@@ -118,20 +118,25 @@ def _plan(
     seed: int,
     noise: Tensor | None,
     device: torch.device | str,
-) -> tuple[int | None, Callable[[int, int], Tensor]]:
-    """The stream's length, None if endless, and how to get (chunk number, its frames) -> x at the first sigma."""
+) -> tuple[int | None, Callable[[int], Tensor | None]]:
+    """The stream's length, None if endless, and how to get chunk number -> x at the first sigma, None past the end."""
     if noise is not None:
         if total_frames not in (None, noise.shape[2]):
             raise ValueError(
                 f"total_frames {total_frames}, but noise has {noise.shape[2]} frames: leave total_frames out."
             )
-        pieces = noise.float()
-        return noise.shape[2], lambda index, frames: pieces.narrow(2, index * sampler.chunk_frames, frames)
+        pieces = noise.float().split(sampler.chunk_frames, dim=2)
+        return noise.shape[2], dict(enumerate(pieces if noise.shape[2] else ())).get
     if shape is None:
         raise ValueError("neither shape nor noise: give shape (B, C, H, W), or noise [B, C, F, H, W].")
     batch, channels, height, width = shape
 
-    def drawn(index: int, frames: int) -> Tensor:
+    def drawn(index: int) -> Tensor | None:
+        frames = sampler.chunk_frames
+        if total_frames is not None:
+            frames = min(frames, total_frames - index * frames)
+        if frames <= 0:
+            return None
         unit = draw_noise((batch, channels, frames, height, width), seed, index, FIRST_NOISE)
         return sampler.sigmas[0] * upload(unit, device)
 

@@ -135,7 +135,7 @@ class StreamState:
             )
         self._close()
         self.t_start = self.cache.begin_chunk(self.frame, frames)
-        self._open_frames = frames
+        self.open_frames = frames
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention of the open chunk in one layer; also stores the chunk's keys and values.
@@ -143,8 +143,8 @@ class StreamState:
         Rotated q and k, and v, all [B, N, H, D] -> [B, N, H, D] in q's dtype. To autograd the finished chunks are
         constants; gradients reach q and the open chunk's k and v. Go backward before the next pass writes its pages.
         """
-        expected = (self.batch, self._open_frames * self.grid[0] * self.grid[1], self.heads, self.head_dim)
-        if not self._open_frames or tuple(q.shape) != expected:
+        expected = (self.batch, self.open_frames * self.grid[0] * self.grid[1], self.heads, self.head_dim)
+        if not self.open_frames or tuple(q.shape) != expected:
             raise ValueError(f"attend got q of shape {list(q.shape)}, the open chunk needs {list(expected)}.")
         q_stored = q.to(self.dtype)
         if isinstance(self.cache, PagedKV):
@@ -162,11 +162,49 @@ class StreamState:
                 "the whole model first, between begin_chunk and end_chunk."
             )
         self.cache.end_chunk(self.frame)
-        self.frame += self._open_frames
+        self.frame += self.open_frames
         self._close()
 
+    def wrote_all(self) -> None:
+        """Say that a pass wrote the open chunk's keys and values in every layer without `attend` (see `fast`)."""
+        self._attended.update(range(self.layers))
+
+    def recent_frames(self, keep_sink: bool = True) -> int:
+        """Latent frames of the recent window, which a change of the prompt reads again.
+
+        Mode "sparse": the window's finished chunks; mode "dense": the last 12; mode "window": those behind the sink,
+        or all of them: without keep_sink, and while nothing has left between the sink and them.
+        """
+        return self.cache.recent_frames(keep_sink)
+
+    def rewind(self, frames: int) -> None:
+        """Take the newest `frames` latent frames out of the memory, to be written again; older ones stay untouched.
+
+        At most `recent_frames`; in mode "sparse" whole chunks.
+        """
+        self._close()
+        if isinstance(self.cache, PagedKV):
+            self.cache.rewind(frames, self.frame)
+        else:
+            self.cache.rewind(frames)
+        self.frame -= frames
+
+    def begin_recache(self, keep_sink: bool) -> int:
+        """Open the `recent_frames` once more, all as one chunk; returns how many, modes "dense" and "window" only.
+
+        One pass over them follows, at sigma 0, then `end_chunk`: as LongLive reads its window again when the prompt
+        changes. In that pass every frame sees all others, later ones too. Without keep_sink what is older is forgotten.
+        A pass that does not come to its end leaves a memory without these frames.
+        """
+        assert isinstance(self.cache, FrameCache), "mode 'sparse' reads its window again chunk by chunk"
+        self._close()
+        frames, self.t_start = self.cache.begin_recache(self.frame, keep_sink)
+        self.frame -= frames
+        self.open_frames = frames
+        return frames
+
     def _close(self) -> None:
-        self._open_frames = 0
+        self.open_frames = 0  # latent frames of the open chunk, 0 between chunks
         self._attended: set[int] = set()
 
     def _attend_dense(self, cache: FrameCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -242,7 +280,7 @@ class StreamState:
 
         `topk`, `dense_first_chunk`, `backend` and `dense_attention` may differ from those of the stream that was saved.
         """
-        self._check_fit(snapshot)
+        self.check_fit(snapshot)
         for name, tensor in self.cache.tensors().items():
             tensor.copy_(snapshot[name])
         self.cache.load_counters({name: snapshot[name].tolist() for name in self.cache.counters()})
@@ -268,7 +306,7 @@ class StreamState:
             **{name: getattr(attention, name) for name in frames},
         }
 
-    def _check_fit(self, snapshot: dict[str, Tensor]) -> None:
+    def check_fit(self, snapshot: dict[str, Tensor]) -> None:
         """Raise ValueError unless `snapshot` is complete and of a stream like this one."""
         identity, tensors = self._identity(), self.cache.tensors()
         wanted = {*tensors, *self.cache.counters(), "frame", *(f"config.{name}" for name in identity)}

@@ -5,10 +5,11 @@ Written, one after the other: `0s: a red circle / 3s: a blue star`, or a line ea
 When the prompt changes, keys and values in the memory still belong to frames seen under the old one. Three policies:
 - `keep`: leave the memory alone. The smoothest change, and the slowest: the old prompt lingers.
 - `re-cache`: run the frames of the recent window once more at sigma 0, under the new prompt; what was promoted to
-  long-lived memory (the sink, persistent blocks) stays. Like LongLive's switch with its global sink,
-  but not its numbers: LongLive runs the window again in one pass, this runs it chunk by chunk.
-- `flush`: the same, and everything older than the window is forgotten. Like LongLive's switch without one,
-  with the same difference.
+  long-lived memory (the sink, persistent blocks) stays. LongLive's switch with its global sink.
+- `flush`: the same, and everything older than the window is forgotten. LongLive's switch without one.
+
+Modes `dense` and `window` run those frames in one pass, in which every frame sees all others, as LongLive does. Mode
+`sparse` runs them chunk by chunk: its blocks, its router and the importance that promotes blocks belong to one chunk.
 """
 
 from __future__ import annotations
@@ -21,13 +22,10 @@ from typing import Literal
 from torch import Tensor
 
 from .config import pixel_frames
-from .frame_cache import FrameCache
 from .rollout import Denoise, Memory, prefill
 from .state import StreamState
 
 Policy = Literal["keep", "re-cache", "flush"]
-
-RECENT_FRAMES = 12  # of a memory without a window (mode "dense"), as many as LongLive runs again
 
 _CODE = re.compile(r"\s*(?:(?P<minutes>\d+)m)?(?P<seconds>\d+(?:\.\d+)?)s\s*:")
 _LIKE_A_TIME = r"\s*(?P<time>\d[\d.,]*m?[\d.,]*\s*(?:ms|s|secs?|seconds?|m|mins?|minutes?|h)?)\s*:"
@@ -111,8 +109,41 @@ def change_prompt(
     """
     if policy == "keep" or not states:
         return 0
+    if states[0].attention.mode == "sparse":
+        return _chunk_by_chunk(denoise, run, states, recent, policy, chunk_frames)
+    return _in_one_pass(denoise, run, states, recent, keep_sink=policy == "re-cache")
+
+
+def _in_one_pass(
+    denoise: Denoise,
+    run: Memory,
+    states: Sequence[StreamState],
+    recent: Callable[[int, int], Tensor],
+    keep_sink: bool,
+) -> int:
+    end, frames = run.frame, states[0].recent_frames(keep_sink)
+    if not frames:
+        return 0
+    for state in states:
+        state.begin_recache(keep_sink)
+    run.frame = end - frames  # until the pass is through
+    denoise(recent(end - frames, end).float(), 0.0)
+    for state in states:
+        state.end_chunk()
+    run.frame = end
+    return frames
+
+
+def _chunk_by_chunk(
+    denoise: Denoise,
+    run: Memory,
+    states: Sequence[StreamState],
+    recent: Callable[[int, int], Tensor],
+    policy: Policy,
+    chunk_frames: int,
+) -> int:
     end = run.frame
-    frames = recent_frames(states[0])
+    frames = states[0].recent_frames()
     if policy == "flush":
         frames = max(frames, min(chunk_frames, end))  # a video goes on from something
     for state in states:
@@ -120,43 +151,10 @@ def change_prompt(
             state.reset()
             state.frame = end - frames
         else:
-            rewind(state, frames)
+            state.rewind(frames)
     run.frame = end - frames
     prefill(denoise, run, recent(end - frames, end), chunk_frames)
     return frames
-
-
-def recent_frames(state: StreamState) -> int:
-    """Latent frames of the recent window: those that are not yet long-lived memory."""
-    cache = state.cache
-    if not isinstance(cache, FrameCache):
-        return sum(chunk.frames for chunk in cache.window)
-    frames = (
-        max(0, len(cache.frames) - cache.sink) if cache.bounded else min(len(cache.frames), RECENT_FRAMES)
-    )
-    return (
-        frames - frames % state.chunk_frames
-    )  # what is left of a chunk whose other frames are in the sink stays
-
-
-def rewind(state: StreamState, frames: int) -> None:
-    """Take the newest `frames` latent frames out of the memory, to be written again; older ones stay untouched.
-
-    They must be whole chunks, and no more than `recent_frames`.
-    """
-    cache = state.cache
-    if isinstance(cache, FrameCache):
-        keep = len(cache.frames) - frames
-        del cache.frames[keep:], cache.slots[keep:]
-        state.frame -= frames
-        return
-    while frames > 0:
-        chunk = cache.window.pop()
-        if state.frame <= cache.attention.sink_frames:
-            cache.pinned -= chunk.blocks  # counted again when it is finished again
-        cache.time -= chunk.frames
-        state.frame -= chunk.frames
-        frames -= chunk.frames
 
 
 def _pieces(text: str) -> list[tuple[int, str]]:

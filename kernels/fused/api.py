@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..pbsa.constraints import TRITON, backend_for
+from ..checks import expect
+from ..pbsa.constraints import backend_for
 from . import reference
 
 EPS = 1e-6  # Wan's
@@ -50,10 +51,10 @@ def norm_rope_to_pages(
     heads, dim = _check_projections(q, k, v, norm_q, norm_k, cos, sin)
     blocks, rows = tokens.shape
     groups = q.shape[0] * heads
-    _expect("k_pages", k_pages, (groups, None, rows, dim), q)
-    _expect("v_pages", v_pages, tuple(k_pages.shape), q)
-    _expect("slots", slots, (groups, blocks), q)
-    _expect("pooled_k", pooled_k, (groups, k_pages.shape[1], dim), q)
+    expect("k_pages", k_pages, (groups, None, rows, dim), q.device)
+    expect("v_pages", v_pages, tuple(k_pages.shape), q.device)
+    expect("slots", slots, (groups, blocks), q.device)
+    expect("pooled_k", pooled_k, (groups, k_pages.shape[1], dim), q.device)
     args = q, k, v, norm_q, norm_k, cos, sin, tokens, slots, k_pages, v_pages, pooled_k, eps
     if _backend(backend, "norm_rope", q, dim, rows) == "triton":
         from . import triton
@@ -86,8 +87,8 @@ def norm_rope_to_frames(
     frames = frame_slots.shape[0]
     if q.shape[1] % frames:
         raise ValueError(f"{q.shape[1]} tokens are not {frames} whole frames")
-    _expect("k_frames", k_frames, (q.shape[0], None, q.shape[1] // frames, heads, dim), q)
-    _expect("v_frames", v_frames, tuple(k_frames.shape), q)
+    expect("k_frames", k_frames, (q.shape[0], None, q.shape[1] // frames, heads, dim), q.device)
+    expect("v_frames", v_frames, tuple(k_frames.shape), q.device)
     args = q, k, v, norm_q, norm_k, cos, sin, frame_slots, k_frames, v_frames, eps
     if _backend(backend, "norm_rope", q, dim) == "triton":
         from . import triton
@@ -103,7 +104,7 @@ def blocks_to_tokens(
 
     tokens [NB, T] int32 as for `norm_rope_to_pages`: each of the chunk's `count` tokens (N) stands in it once.
     """
-    _expect("tokens", tokens, tuple(blocks.shape[1:3]), blocks)
+    expect("tokens", tokens, tuple(blocks.shape[1:3]), blocks.device)
     if blocks.shape[0] % batch:
         raise ValueError(f"{blocks.shape[0]} groups do not belong to a batch of {batch}")
     if _backend(backend, "blocks_to_tokens", blocks, blocks.shape[3], blocks.shape[2]) == "triton":
@@ -115,8 +116,8 @@ def blocks_to_tokens(
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = EPS, backend: str = "auto") -> Tensor:
     """x [B, N, C] / sqrt(mean of squares + eps) * weight [C], in x's dtype."""
-    _expect("x", x, (None, None, None), x)
-    _expect("weight", weight, (x.shape[2],), x)
+    expect("x", x, (None, None, None), x.device)
+    expect("weight", weight, (x.shape[2],), x.device)
     if _backend(backend, "row_norm", x) == "triton":
         from . import triton
 
@@ -182,9 +183,9 @@ def merge_attention(
     """One attention from two over different keys: out_a, out_b [G, NB, T, D] with the natural log of each softmax's
     sum, lse_a, lse_b [G, NB, T] float32. What read nothing (lse -inf) has no share; where both did, 0.
     """
-    _expect("out_b", out_b, tuple(out_a.shape), out_a)
-    _expect("lse_a", lse_a, tuple(out_a.shape[:3]), out_a)
-    _expect("lse_b", lse_b, tuple(out_a.shape[:3]), out_a)
+    expect("out_b", out_b, tuple(out_a.shape), out_a.device)
+    expect("lse_a", lse_a, tuple(out_a.shape[:3]), out_a.device)
+    expect("lse_b", lse_b, tuple(out_a.shape[:3]), out_a.device)
     if _backend(backend, "merge_attention", out_a, out_a.shape[3]) == "triton":
         from . import triton
 
@@ -198,7 +199,7 @@ def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> tu
     The largest element of a row becomes 448. gelu: of GELU(x) (tanh form) instead, so that a feed-forward's widest
     tensor is read once and written in 8 bits.
     """
-    _expect("x", x, (None, None), x)
+    expect("x", x, (None, None), x.device)
     if backend == "auto" and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
         backend = "reference"  # Triton has no such floats for older devices
     if _backend(backend, "quantise_rows", x) == "triton":
@@ -209,42 +210,33 @@ def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> tu
 
 
 def _backend(backend: str, operation: str, x: Tensor, dim: int | None = None, rows: int | None = None) -> str:
-    """PBSA's choice; an operation on whole rows has no head dim of its own, so any that fits stands for it."""
-    return backend_for(backend, operation, x.device, x.dtype, dim or TRITON.head_dim[1], rows)  # type: ignore[index]
+    """PBSA's choice."""
+    return backend_for(backend, operation, x.device, x.dtype, dim, rows)
 
 
 def _check_projections(q, k, v, norm_q, norm_k, cos, sin) -> tuple[int, int]:
     """-> (H, D) of projections that fit their tables."""
-    _expect("q", q, (None, None, None), q)
+    expect("q", q, (None, None, None), q.device)
     _, count, width = q.shape
     dim = 2 * cos.shape[-1]
     if dim == 0 or width % dim:
         raise ValueError(f"cos is for a head dim of {dim}, which does not divide q's width {width}")
     for name, x in (("k", k), ("v", v)):
-        _expect(name, x, tuple(q.shape), q)
+        expect(name, x, tuple(q.shape), q.device)
     for name, x in (("norm_q", norm_q), ("norm_k", norm_k)):
-        _expect(name, x, (width,), q)
+        expect(name, x, (width,), q.device)
     for name, x in (("cos", cos), ("sin", sin)):
-        _expect(name, x, (count, dim // 2), q)
+        expect(name, x, (count, dim // 2), q.device)
     return width // dim, dim
 
 
 def _check_rows(x: Tensor, *, y: Tensor | None = None, **per_frame: Tensor | None) -> None:
-    _expect("x", x, (None, None, None), x)
+    expect("x", x, (None, None, None), x.device)
     if y is not None:
-        _expect("y", y, tuple(x.shape), x)
+        expect("y", y, tuple(x.shape), x.device)
     for name, vector in per_frame.items():
         if vector is None:
             continue
-        _expect(name, vector, (x.shape[0], None, x.shape[2]), x)
+        expect(name, vector, (x.shape[0], None, x.shape[2]), x.device)
         if x.shape[1] % vector.shape[1]:
             raise ValueError(f"{name} has {vector.shape[1]} frames, which do not divide {x.shape[1]} tokens")
-
-
-def _expect(name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """Raise ValueError unless x has this shape (None: any size) and lies where `like` does."""
-    if x.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, x.shape)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(x.shape)}")
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {x.device}")

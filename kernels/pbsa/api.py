@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import expect
 from . import reference
 from .constraints import backend_for, backend_report
 
@@ -68,7 +69,7 @@ def pbsa_attention(
     if padding not in PADDINGS:
         raise ValueError(f"padding must be {', '.join(PADDINGS[:-1])} or {PADDINGS[-1]}, got {padding!r}")
     if grad_pages is not None:
-        _expect("grad_pages", grad_pages, "[G, NC]", (q.shape[0], None), torch.int32, q.device)
+        expect("grad_pages", grad_pages, (q.shape[0], None), q.device, torch.int32, "[G, NC]")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     idx, cnt = lists
     if idx.shape[2] == 0:  # nobody reads anything; one padding entry keeps every backend free of the case
@@ -89,8 +90,8 @@ def pool_pages(pages: Tensor, page_len: Tensor, *, backend: str = "auto") -> Ten
 
     float64 by the reference, for float64. Gradients flow to pages. Raises like `pbsa_attention`.
     """
-    _expect("pages", pages, "[G, n, T, D]", (None, None, None, None), pages.dtype, pages.device)
-    _expect("page_len", page_len, "[G, n]", tuple(pages.shape[:2]), torch.int32, pages.device)
+    expect("pages", pages, (None, None, None, None), pages.device, pages.dtype, "[G, n, T, D]")
+    expect("page_len", page_len, tuple(pages.shape[:2]), pages.device, torch.int32, "[G, n]")
     match backend_for(backend, "pool_pages", pages.device, pages.dtype, pages.shape[3], pages.shape[2]):
         case "triton":
             from . import triton
@@ -139,48 +140,30 @@ def route(
 def _check_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_len: Tensor, lists: BlockLists
 ) -> None:
-    _expect("q", q, "[G, NQ, T, D]", (None, None, None, None), q.dtype, q.device)
+    expect("q", q, (None, None, None, None), q.device, q.dtype, "[G, NQ, T, D]")
     groups, blocks, tokens, dim = q.shape
-    _expect("k_pages", k_pages, "[G, S, T, D]", (groups, None, tokens, dim), q.dtype, q.device)
-    _expect("v_pages", v_pages, "[G, S, T, D]", tuple(k_pages.shape), q.dtype, q.device)
-    _expect("page_len", page_len, "[G, S]", tuple(k_pages.shape[:2]), torch.int32, q.device)
+    expect("k_pages", k_pages, (groups, None, tokens, dim), q.device, q.dtype, "[G, S, T, D]")
+    expect("v_pages", v_pages, tuple(k_pages.shape), q.device, q.dtype, "[G, S, T, D]")
+    expect("page_len", page_len, tuple(k_pages.shape[:2]), q.device, torch.int32, "[G, S]")
     idx, cnt = lists
     rows = blocks
     if idx.dim() == 3 and idx.shape[1] > 0 and blocks % idx.shape[1] == 0:
         rows = idx.shape[1]
-    _expect(
-        "lists.idx", idx, "[G, NR, M] with NR a divisor of NQ", (groups, rows, None), torch.int32, q.device
+    expect(
+        "lists.idx", idx, (groups, rows, None), q.device, torch.int32, "[G, NR, M] with NR a divisor of NQ"
     )
-    _expect("lists.cnt", cnt, "[G, NR]", (groups, rows), torch.int32, q.device)
+    expect("lists.cnt", cnt, (groups, rows), q.device, torch.int32, "[G, NR]")
 
 
 def _check_route(pooled_q: Tensor, pooled_k: Tensor, always: Tensor, local: Tensor, k: int) -> None:
     if pooled_q.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"pooled_q must be float32, as pool_pages gives it, got {pooled_q.dtype}")
-    _expect("pooled_q", pooled_q, "[G, NQ, D]", (None, None, None), pooled_q.dtype, pooled_q.device)
+    expect("pooled_q", pooled_q, (None, None, None), pooled_q.device, pooled_q.dtype, "[G, NQ, D]")
     groups, _, dim = pooled_q.shape
-    _expect("pooled_k", pooled_k, "[G, S, D]", (groups, None, dim), pooled_q.dtype, pooled_q.device)
-    _expect("always", always, "[G, NA]", (groups, None), torch.int32, pooled_q.device)
-    _expect("local", local, "[G, NL]", (groups, None), torch.int32, pooled_q.device)
+    expect("pooled_k", pooled_k, (groups, None, dim), pooled_q.device, pooled_q.dtype, "[G, S, D]")
+    expect("always", always, (groups, None), pooled_q.device, torch.int32, "[G, NA]")
+    expect("local", local, (groups, None), pooled_q.device, torch.int32, "[G, NL]")
     if always.shape[1] + local.shape[1] == 0:
         raise ValueError("always and local are both empty: the router needs a page to score")
     if not isinstance(k, int) or k < 0:
         raise ValueError(f"k must be a whole number of pages, 0 or more, got {k!r}")
-
-
-def _expect(
-    name: str,
-    x: Tensor,
-    letters: str,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Raise ValueError unless x has this shape (None: any size), dtype and device."""
-    if x.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, x.shape)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must be {letters} = [{wanted}], got {list(x.shape)}")
-    if x.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {x.dtype}; convert it with .to({dtype})")
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device}, got {x.device}; move it with .to({str(device)!r})")

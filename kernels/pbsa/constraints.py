@@ -27,7 +27,7 @@ class Call:
     operation: str  # "attention", "route" or "pool_pages"
     device: torch.device
     dtype: torch.dtype
-    head_dim: int
+    head_dim: int | None = None  # None for the fused operations on whole rows, which have no heads
     block_tokens: int | None = None  # T; None for the router, which sees pooled vectors only
     candidates: int | None = None  # slots a router row scores; None for attention
 
@@ -70,8 +70,9 @@ class BackendConstraints:
     def _why_not_shape(self, call: Call) -> str | None:
         if call.dtype not in self.dtypes:
             return f"it needs one of {', '.join(map(str, self.dtypes))}, got {call.dtype}"
-        if self.head_dim is not None and not self.head_dim[0] <= call.head_dim <= self.head_dim[1]:
-            return f"it needs a head dim of {self.head_dim[0]} to {self.head_dim[1]}, got {call.head_dim}"
+        dim = call.head_dim
+        if self.head_dim is not None and dim is not None and not self.head_dim[0] <= dim <= self.head_dim[1]:
+            return f"it needs a head dim of {self.head_dim[0]} to {self.head_dim[1]}, got {dim}"
         tokens = call.block_tokens
         if self.block_tokens is not None and tokens is not None and tokens not in self.block_tokens:
             return f"it needs blocks of {', '.join(map(str, self.block_tokens))} tokens, got {tokens}"
@@ -125,7 +126,7 @@ def backend_for(
     operation: str,
     device: torch.device,
     dtype: torch.dtype,
-    head_dim: int,
+    head_dim: int | None = None,
     block_tokens: int | None = None,
     candidates: int | None = None,
 ) -> str:

@@ -41,6 +41,8 @@ from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
 from .common import (
     BatchedMuon,
     Budget,
+    GraphedStep,
+    channels_last,
     log,
     lr_factor,
     mixed_precision,
@@ -52,7 +54,9 @@ from .common import (
 
 SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)
 CHUNK = 3
+POSITIONS: tuple[Positions, ...] = ("absolute", "rebased")
 FRAMES = 81  # video frames of a training clip: 21 latent frames, 7 chunks
+LONGEST = 64  # words of a training prompt
 CAUSAL_AR = {"config": '{"transformer": {"causal_ar": true}}'}
 
 
@@ -62,7 +66,8 @@ class DitTraining:
 
     minutes: length of the run. first_share: openings. long_from: progress at which windows become whole clips.
     stream_share: of the whole clips, those on the sparse memory at `topk`. own_share: of the other whole
-    clips, those that see the model's own output. decay_from: progress at which the learning rate starts to fall.
+    clips, those that see the model's own output. guidance: see `opening_step`. renew_every: steps between two additions
+    to the clips. decay_from: progress at which the learning rate starts to fall.
     """
 
     minutes: float = 9.0
@@ -85,68 +90,73 @@ class DitTraining:
     decay_from: float = 0.6
     bank_start: int = 640
     bank_size: int = 6144
-    encode_every: int = 8
+    openings_size: int = 16384
+    renew_every: int = 8
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
-    drop_prompt: float = 0.04
+    drop_prompt: float = 0.06
+    guidance: float = 0.0
     context_noise: float = 0.12
     ema: float = 0.998
     compile: bool = True
-    compile_encoder: bool = False  # eager: 25 ms a clip on an H100, so that compiling would pay late or never
+    graphs: bool = True  # openings and streams as CUDA graphs
     log_every: int = 100
 
 
 class LatentBank:
     """Clips of the world as latents on the device: filled by rendering and encoding, then renewed clip by clip."""
 
-    def __init__(
-        self, vae: WanVAE, size: int, device: str, seed: int, compiled: bool = False, frames: int = FRAMES
-    ):
-        self.vae, self.size, self.device, self.rng, self.frames = (
-            vae,
-            size,
-            device,
-            random.Random(seed),
-            frames,
-        )
-        self.encode = torch.compile(vae.encode_whole) if compiled else vae.encode_whole
-        self.latents: list[Tensor] = []
-        self.ids: list[Tensor] = []
-        self.next = 0
+    def __init__(self, vae: WanVAE, size: int, device: str, seed: int, frames: int = FRAMES):
+        self.vae, self.size, self.device, self.frames = vae, size, device, frames
+        self.rng = random.Random(seed)
+        self.latents: Tensor | None = None  # [size, 16, F, h, w] bfloat16, made by the first `add`
+        self.ids = torch.full((size, LONGEST), PAD)
+        self.filled = self.next = 0
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a whole clip."""
+        return (self.frames // 4 + 1) // CHUNK
 
     @torch.no_grad()
     def add(self, count: int) -> None:
+        """Render and encode `count` clips; a full bank loses its oldest."""
         scenes = training_scenes(self.rng, count)
         with mixed_precision(self.device):
-            latents = self.encode(render_batch(scenes, self.frames, self.device))
-        if not latents.isfinite().all():
-            raise FloatingPointError("the VAE's latents are not finite")
-        for scene, latent in zip(scenes, latents.to(torch.bfloat16), strict=True):
-            ids = torch.tensor(tokenize(to_prompt(scene)))
-            if len(self.latents) < self.size:
-                self.latents.append(latent)
-                self.ids.append(ids)
-            else:
-                self.latents[self.next], self.ids[self.next] = latent, ids
-                self.next = (self.next + 1) % self.size
+            video = render_batch(scenes, self.frames, self.device)
+            fresh = self.vae.encode_whole(video.contiguous(memory_format=torch.channels_last_3d))
+        if self.latents is None:
+            self.latents = torch.empty(
+                (self.size, *fresh.shape[1:]), dtype=torch.bfloat16, device=self.device
+            )
+        for scene, latent in zip(scenes, fresh, strict=True):
+            self.latents[self.next] = latent
+            self.ids[self.next] = padded(tokenize(to_prompt(scene)))
+            self.next = (self.next + 1) % self.size
+            self.filled = min(self.filled + 1, self.size)
 
     def draw(self, count: int, chunks: int, drop_prompt: float) -> tuple[Tensor, Tensor, int]:
         """Latents [B, 16, 3 * chunks, h, w] float32, word ids [B, n], and the first frame's index."""
-        pick = [self.rng.randrange(len(self.latents)) for _ in range(count)]
-        first = (
-            0
-            if self.rng.random() < 0.5
-            else CHUNK * self.rng.randint(0, self.frames // 4 // CHUNK + 1 - chunks)
-        )
-        latents = torch.stack([self.latents[i][:, first : first + CHUNK * chunks] for i in pick]).float()
+        assert self.latents is not None, "add clips first"
+        pick = torch.tensor([self.rng.randrange(self.filled) for _ in range(count)])
+        first = 0 if self.rng.random() < 0.5 else CHUNK * self.rng.randint(0, self.chunks - chunks)
+        latents = self.latents[upload(pick, self.device), :, first : first + CHUNK * chunks].float()
         # A dropped prompt is one unknown word, as the empty prompt is when generating: a row without any word would be
         # attention over nothing, whose gradient is not a number on some GPU kernels.
-        nothing = torch.tensor([UNKNOWN])
-        ids = [self.ids[i] if self.rng.random() > drop_prompt else nothing for i in pick]
-        padded = torch.full((count, 64), PAD)
-        for row, words in zip(padded, ids, strict=True):
-            row[: len(words)] = words
-        return latents, upload(padded, self.device), first
+        ids = self.ids[pick]
+        ids[torch.tensor([self.rng.random() < drop_prompt for _ in pick])] = padded([UNKNOWN])
+        return latents, upload(ids, self.device), first
+
+
+def padded(words: list[int]) -> Tensor:
+    """Word ids as a row of LONGEST."""
+    return F.pad(torch.tensor(words), (0, LONGEST - len(words)), value=PAD)
+
+
+@functools.cache
+def no_prompt(device: torch.device) -> Tensor:
+    """Word ids [1, LONGEST] of a prompt that is left out."""
+    return padded([UNKNOWN])[None].to(device)
 
 
 @functools.cache
@@ -215,13 +225,18 @@ def mean_by_step(error: Tensor, step: Tensor) -> Tensor:
     return torch.stack([(error * (step == i)).sum() / (step == i).sum() for i in range(4)])
 
 
+def shifted(u: Tensor) -> Tensor:
+    """Uniform numbers to noise levels, warped towards noise by Wan's shift of 5."""
+    return 5 * u / (1 + 4 * u)
+
+
 def draw_sigma(batch: int, chunks: int, device) -> tuple[Tensor, Tensor]:
     """Noise levels [B, chunks] and the index of the sampler step they stand for (-1: in between)."""
     step = torch.randint(0, 4, (batch, chunks), device=device)
     sigma = levels(SIGMAS, step.device)[step]
     uniform = torch.rand(batch, chunks, device=device)
     between = torch.rand(batch, chunks, device=device) < 0.12
-    return torch.where(between, 5 * uniform / (1 + 4 * uniform), sigma), torch.where(between, -1, step)
+    return torch.where(between, shifted(uniform), sigma), torch.where(between, -1, step)
 
 
 @torch.no_grad()
@@ -270,15 +285,20 @@ def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
 
 
 def optimizers(model: Trainee, cfg: DitTraining) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    """Muon for the matrices inside the blocks, AdamW for everything else; rates are tensors where graphs read them."""
     inside = [
         p for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2 and n.startswith("dit.")
     ]
     ids = {id(p) for p in inside}
     rest = [p for p in model.parameters() if id(p) not in ids]
+    device = model.text.embedding.device
+    graphs = device.type == "cuda"
+    muon_lr, adam_lr = (
+        torch.tensor(lr, device=device) if graphs else lr for lr in (cfg.muon_lr, cfg.adam_lr)
+    )
     return [
-        BatchedMuon(inside, lr=cfg.muon_lr),
-        torch.optim.AdamW(rest, lr=cfg.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        BatchedMuon(inside, lr=muon_lr),
+        torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, capturable=graphs),
     ]
 
 
@@ -289,71 +309,109 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
     """
     torch.manual_seed(cfg.seed)
     random.seed(cfg.seed)
-    vae = (
-        WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors"))
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
-    bank = LatentBank(vae, cfg.bank_size, device, cfg.seed, cfg.compile_encoder)
-    openings = LatentBank(vae, 2 * cfg.bank_size, device, cfg.seed + 1, frames=1 + 4 * (CHUNK - 1))
+    vae = WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors")).requires_grad_(False)
+    channels_last(vae.to(device, torch.bfloat16 if device != "cpu" else torch.float32))
+    bank = LatentBank(vae, cfg.bank_size, device, cfg.seed)
+    openings = LatentBank(vae, cfg.openings_size, device, cfg.seed + 1, frames=1 + 4 * (CHUNK - 1))
     model = Trainee(cfg).to(device)
     if resume:
         load_weights(model, folder)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     if cfg.compile:
         compile_blocks(model.dit)
-    optims, step = optimizers(model, cfg), 0
+    optims = optimizers(model, cfg)
     budget, shown = Budget(cfg.minutes), time.monotonic()
-    while len(bank.latents) < cfg.bank_start and budget.progress < 0.5:
+    while bank.filled < cfg.bank_start and budget.progress < 0.5:
         bank.add(4)
-        openings.add(16)
-    log.info("bank of %d clips after %.0f%% of the time", len(bank.latents), 100 * budget.progress)
-    losses: list[Tensor] = []
-    first_losses: list[Tensor] = []
+        openings.add(32)
+    if not all(b.latents.isfinite().all() for b in (bank, openings) if b.latents is not None):
+        raise FloatingPointError("the VAE's latents are not finite")
+    log.info("%d clips, %d openings after %.0f%%", bank.filled, openings.filled, 100 * budget.progress)
+    losses: dict[str, list[Tensor]] = {"opening": [], "clip": [], "stream": []}
+    steps = Steps(model, optims, cfg, bank, openings, device)
+    averaged, current = list(average.values()), list(model.state_dict().values())
+    step = 0
     while (progress := budget.progress) < 1:
-        long = resume or progress > cfg.long_from
         set_lr(optims, lr_factor(step, progress, decay_from=cfg.decay_from))
-        if random.random() < cfg.first_share:
-            first_losses.append(opening_step(model, openings, cfg, device))
-            if len(first_losses) % 4 == 0:
-                openings.add(16)
-        else:
-            if long and random.random() < cfg.stream_share:
-                losses.append(stream_step(model, bank, cfg, device))
-            else:
-                own = long and random.random() < cfg.own_share
-                losses.append(clip_step(model, bank, cfg, long, own, device))
-        update(model, optims)
-        blend = min(cfg.ema, (1 + step) / (10 + step))
-        current = model.state_dict()
-        torch._foreach_lerp_([average[k] for k in current], list(current.values()), 1 - blend)
+        kind = draw_kind(cfg, long := resume or progress > cfg.long_from)
+        losses[kind].append(steps.clip(long) if kind == "clip" else steps.graphed(kind))
+        torch._foreach_lerp_(averaged, current, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         step += 1
-        if step % cfg.encode_every == 0:
-            bank.add(4)
-        if step % 20 == 0 and not current["dit.head.head.bias"].isfinite().all():
-            raise FloatingPointError(f"the weights are not finite at step {step}: lower muon_lr or adam_lr")
+        if step % cfg.renew_every == 0:
+            if kind == "opening":
+                openings.add(16)
+            else:
+                bank.add(4)
         if step % cfg.log_every == 0:
+            if not model.dit.head.head.bias.isfinite().all():
+                raise FloatingPointError(
+                    f"the weights are not finite at step {step}: lower muon_lr or adam_lr"
+                )
             now = time.monotonic()
-            by_sigma, first = (
-                torch.stack(x).nanmean(0) if x else torch.zeros(4) for x in (losses, first_losses)
-            )
-            log.info(
-                "dit step %d  %.0f%%  flow loss at %s: %s, opening %.4f  bank %d  %.1f steps/s%s",
-                step, 100 * progress, [round(s, 2) for s in SIGMAS], [round(v, 4) for v in by_sigma.tolist()],
-                first.mean().item(), len(bank.latents), cfg.log_every / (now - shown), "  (long)" if long else "",
-            )  # fmt: skip
+            means = {k: torch.stack(v).nanmean(0).tolist() for k, v in losses.items() if v}
+            log.info("step %d  %.0f%%  flow loss %s  %.1f steps/s", step, 100 * progress, shorten(means),
+                     cfg.log_every / (now - shown))  # fmt: skip
             shown = now
-            losses.clear()
-            first_losses.clear()
+            losses = {kind: [] for kind in losses}
             save_trainee(average, folder)  # a run that is cut short loses seconds
     save_trainee(average, folder)
     log.info("wrote the world model to %s after %d steps", folder, step)
 
 
-def sparse_memory(model: Trainee, clip: Tensor, cfg: DitTraining) -> StreamState:
-    """An empty sparse memory for a batch like `clip` [B, 16, F, h, w]; half of them count positions the rebased way."""
-    positions: Positions = random.choice(("absolute", "rebased"))
+class Steps:
+    """One step of each kind: draw clips, gradients, update."""
+
+    def __init__(
+        self, model: Trainee, optims, cfg: DitTraining, bank: LatentBank, openings: LatentBank, device
+    ):
+        self.model, self.optims, self.cfg, self.device = model, optims, cfg, device
+        self.bank, self.openings = bank, openings
+        self.graphs: dict[tuple[str, Positions], GraphedStep] = {}
+
+    def clip(self, long: bool) -> Tensor:
+        own = long and random.random() < self.cfg.own_share
+        loss = clip_step(self.model, self.bank, self.cfg, long, own, self.device)
+        update(self.model, self.optims)
+        return loss
+
+    def graphed(self, kind: str) -> Tensor:
+        """An opening, or whole clips on the sparse memory, where half of the clips count positions the rebased way."""
+        cfg, positions = self.cfg, random.choice(POSITIONS) if kind == "stream" else POSITIONS[0]
+        if kind == "opening":
+            x0, ids, _ = self.openings.draw(cfg.first_batch, 1, cfg.drop_prompt)
+        else:
+            x0, ids, _ = self.bank.draw(cfg.stream_batch, self.bank.chunks, cfg.drop_prompt)
+
+        def step(x0: Tensor, ids: Tensor) -> Tensor:
+            if kind == "opening":
+                loss = opening_step(self.model, x0, ids, cfg)
+            else:
+                loss = stream_step(self.model, x0, ids, positions, cfg)
+            update(self.model, self.optims)
+            return loss
+
+        if not (cfg.graphs and x0.is_cuda):
+            return step(x0, ids)
+        if (kind, positions) not in self.graphs:
+            self.graphs[kind, positions] = GraphedStep(step, x0, ids)
+        return self.graphs[kind, positions](x0, ids)
+
+
+def draw_kind(cfg: DitTraining, long: bool) -> str:
+    """What the next step trains: "opening", "stream" or "clip"."""
+    if random.random() < cfg.first_share:
+        return "opening"
+    return "stream" if long and random.random() < cfg.stream_share else "clip"
+
+
+def shorten(means: dict) -> str:
+    """Losses as they are shown; those of clips and streams are one for each of the sampler's steps."""
+    rows = {k: v if isinstance(v, list) else [v] for k, v in means.items()}
+    return ", ".join(f"{k} {' '.join(f'{x:.4f}' for x in row)}" for k, row in rows.items())
+
+
+def sparse_memory(model: Trainee, clip: Tensor, positions: Positions, cfg: DitTraining) -> StreamState:
+    """An empty sparse memory for a batch like `clip` [B, 16, F, h, w]."""
     attention = AttentionConfig(topk=cfg.topk, positions=positions, backend=cfg.backend)
     widths = model.dit.num_layers, model.dit.num_heads, model.dit.head_dim
     memory = _memory(*widths, (clip.shape[3] // 2, clip.shape[4] // 2), len(clip), attention, clip.device)
@@ -378,15 +436,24 @@ def _memory(
     )  # fmt: skip
 
 
-def opening_step(model: Trainee, bank: LatentBank, cfg: DitTraining, device: str) -> Tensor:
-    """Gradients of opening chunks at all levels of noise (shift 5). Returns the mean flow loss."""
-    x0, ids, _ = bank.draw(cfg.first_batch, 1, cfg.drop_prompt)
-    u = torch.rand(cfg.first_batch, device=device)
-    sigma, noise = 5 * u / (1 + 4 * u), torch.randn_like(x0)
+def opening_step(model: Trainee, x0: Tensor, ids: Tensor, cfg: DitTraining) -> Tensor:
+    """Gradients of opening chunks at all levels of noise (shift 5). Returns the mean flow loss.
+
+    With `guidance` the target moves on by that part of what the prompt changes in the model's own output, so that the
+    trained model gives by itself what classifier-free guidance at 1 / (1 - guidance) gives with two passes.
+    """
+    sigma, noise = shifted(torch.rand(len(x0), device=x0.device)), torch.randn_like(x0)
     s = sigma.view(-1, 1, 1, 1, 1)
-    with mixed_precision(device):
-        flow = model.opening((1 - s) * x0 + s * noise, sigma, model.dit.cross_kv(model.text(ids)))
-    loss = (flow.float() - (noise - x0)).square().mean()
+    noised, target = (1 - s) * x0 + s * noise, noise - x0
+    with mixed_precision(x0.device):
+        flow = model.opening(noised, sigma, model.dit.cross_kv(model.text(ids))).float()
+        if cfg.guidance:
+            with torch.no_grad():
+                nothing = no_prompt(x0.device).expand_as(ids)
+                without = model.opening(noised, sigma, model.dit.cross_kv(model.text(nothing)))
+                told = (ids[:, 0] != UNKNOWN).view(-1, 1, 1, 1, 1)
+                target = target + cfg.guidance * told * (flow - without.float())
+    loss = (flow - target).square().mean()
     loss.backward()
     return loss.detach()
 
@@ -398,7 +465,7 @@ def clip_step(
 
     A window's first chunk only serves as history: what comes out of nothing is trained by `opening_step`.
     """
-    chunks, batch = (bank.frames // 4 // CHUNK + 1, cfg.long_batch) if long else (cfg.chunks, cfg.batch)
+    chunks, batch = (bank.chunks, cfg.long_batch) if long else (cfg.chunks, cfg.batch)
     x0, ids, first = bank.draw(batch, chunks, cfg.drop_prompt)
     sigma, step = draw_sigma(batch, chunks, device)
     with mixed_precision(device):
@@ -421,16 +488,15 @@ def clip_step(
     return mean_by_step(error.detach()[:, 1:], step[:, 1:])
 
 
-def stream_step(model: Trainee, bank: LatentBank, cfg: DitTraining, device: str) -> Tensor:
+def stream_step(model: Trainee, clip: Tensor, ids: Tensor, positions: Positions, cfg: DitTraining) -> Tensor:
     """Gradients of whole clips on the sparse memory. Returns the mean flow loss per sampler step [4], opening left out.
 
     For about half of the clips a chunk's input is made from the model's estimate of the step before, and for most
     clips the memory is given the model's own chunks. The opening chunk and its memory stay the truth's: an estimate may
     show another layout.
     """
-    chunks, batch = bank.frames // 4 // CHUNK + 1, cfg.stream_batch
-    clip, ids, _ = bank.draw(batch, chunks, cfg.drop_prompt)
-    memory = sparse_memory(model, clip, cfg)
+    batch, chunks, device = len(clip), clip.shape[2] // CHUNK, clip.device
+    memory = sparse_memory(model, clip, positions, cfg)
     with mixed_precision(device):
         cross_kv = model.dit.cross_kv(model.text(ids))
     # A chunk's backward ends at the prompt's keys and values; theirs follows once, after the last chunk.
@@ -453,8 +519,7 @@ def stream_step(model: Trainee, bank: LatentBank, cfg: DitTraining, device: str)
         sigma, step = draw_sigma(batch, 1, device)
         source = x0
         if index == 0:
-            u = torch.rand_like(sigma)
-            sigma = 5 * u / (1 + 4 * u)
+            sigma = shifted(torch.rand_like(sigma))
         else:
             before = levels((1.0, *SIGMAS), x0.device)[step.clamp(min=0)]
             truth = (step <= 0) | (torch.rand_like(sigma) < 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,7 @@ MODES = {
     "window": AttentionConfig(mode="window", window_frames=12),
     "sparse": AttentionConfig(mode="sparse"),
 }
+PARTS = ("vae", *MODES)
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
@@ -46,10 +48,10 @@ def as_seen(video_BCFHW: Tensor) -> Tensor:
     return torch.from_numpy(to_uint8(video_BCFHW))
 
 
-def verdicts(videos: list[Tensor], scenes: list[Scene]) -> dict[str, float]:
+def verdicts(videos: list[Tensor], scenes: list[Scene], device: str) -> dict[str, float]:
     """Rates of the checker over clips."""
-    with ThreadPoolExecutor(4) as pool:
-        return summarise(list(pool.map(judge, videos, scenes)))
+    with ThreadPoolExecutor(8) as pool:
+        return summarise(list(pool.map(judge, (v.to(device) for v in videos), scenes)))
 
 
 @torch.no_grad()
@@ -75,13 +77,29 @@ def generate(dit: WanModel, vae: WanVAE, rows: Tensor, attention: AttentionConfi
 
 
 @torch.no_grad()
-def report(folder: Path, clips: int, device: str, seed: int) -> dict:
-    """Measure the weights in `folder`; writes report.json and contact_sheet.png beside them."""
-    vae = WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors")).to(device).float().eval()
-    scenes = held_out_scenes(clips, seed)
-    found: dict = {"clips": clips, "seed": seed, "torch": torch.__version__, "device": device}
+def report(folder: Path, clips: int, device: str, seed: int, parts: Sequence[str] = PARTS) -> dict:
+    """Measure the weights in `folder`: the VAE with the checker, and what the model makes in each mode.
+
+    Writes report.json, in which parts not measured now stay as they were, and sheet_<mode>.png beside the weights.
+    """
+    path = folder / "report.json"
+    found: dict = json.loads(path.read_text()) if path.is_file() else {}
+    found |= {"clips": clips, "seed": seed, "torch": torch.__version__, "device": device}
     if device != "cpu":
         found["device"] = torch.cuda.get_device_name()
+    vae = WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors")).to(device).float().eval()
+    scenes = held_out_scenes(clips, seed)
+    for part in parts:
+        if part == "vae":
+            found |= _report_vae(vae, scenes, device)
+        else:
+            found[part] = _report_mode(part, folder, vae, scenes, device, seed)
+        log.info("%s %s", part, json.dumps(found.get(part, found), indent=1))
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _report_vae(vae: WanVAE, scenes: list[Scene], device: str) -> dict:
     rendered, through, scores = [], [], []
     for scene in scenes:
         video = render_batch([scene], 81, device)
@@ -89,35 +107,25 @@ def report(folder: Path, clips: int, device: str, seed: int) -> dict:
         scores.append(psnr(decoded, video))
         rendered.append(as_seen(video))
         through.append(as_seen(decoded))
-    found["vae_psnr"] = {"mean": sum(scores) / clips, "min": min(scores)}
-    found["checker_on_renderer"] = verdicts(rendered, scenes)
-    found["checker_through_vae"] = verdicts(through, scenes)
-    found["checker_on_shuffled_prompts"] = verdicts(rendered, scenes[1:] + scenes[:1])
-    log.info("%s", json.dumps(found, indent=1))
-    if (folder / "world_dit.safetensors").is_file():
-        _report_generation(found, folder, vae, scenes, device, seed)
-    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    return {
+        "vae_psnr": {"mean": sum(scores) / len(scores), "min": min(scores)},
+        "checker_on_renderer": verdicts(rendered, scenes, device),
+        "checker_through_vae": verdicts(through, scenes, device),
+        "checker_on_shuffled_prompts": verdicts(rendered, scenes[1:] + scenes[:1], device),
+    }
 
 
-def _report_generation(
-    found: dict, folder: Path, vae: WanVAE, scenes: list[Scene], device: str, seed: int
-) -> None:
+def _report_mode(
+    mode: str, folder: Path, vae: WanVAE, scenes: list[Scene], device: str, seed: int
+) -> dict[str, float]:
     dtype = torch.bfloat16 if device != "cpu" else torch.float32
     dit = WanModel.from_state_dict(load_file(folder / "world_dit.safetensors")).to(device, dtype).eval()
-    text = (
-        WorldTextEncoder.from_state_dict(load_file(folder / "world_text.safetensors"))
-        .to(device, dtype)
-        .eval()
-    )
+    text = WorldTextEncoder.from_state_dict(load_file(folder / "world_text.safetensors"))
+    text = text.to(device, dtype).eval()
     rows = text.encode([to_prompt(s) for s in scenes])
-    for name, attention in MODES.items():
-        videos: list[Tensor] = []
-        for i, part in enumerate(rows.split(16)):
-            videos += generate(dit, vae, part, attention, seed + i)
-        found[name] = verdicts(videos, scenes)
-        log.info("%s %s", name, json.dumps(found[name]))
-        sheet = torch.cat([v[torch.linspace(0, len(v) - 1, 6).long()] for v in videos[:16]])
-        contact_sheet(sheet.numpy(), count=len(sheet), columns=6, width=128).save(
-            folder / f"sheet_{name}.png"
-        )
+    videos: list[Tensor] = []
+    for i, part in enumerate(rows.split(16)):
+        videos += generate(dit, vae, part, MODES[mode], seed + i)
+    sheet = torch.cat([v[torch.linspace(0, len(v) - 1, 6).long()] for v in videos[:16]])
+    contact_sheet(sheet.numpy(), count=len(sheet), columns=6, width=128).save(folder / f"sheet_{mode}.png")
+    return verdicts(videos, scenes, device)

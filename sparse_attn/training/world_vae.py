@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..vae import WanVAE
 from .common import (
     Budget,
+    channels_last,
     log,
     lr_factor,
     mixed_precision,
@@ -114,10 +115,7 @@ def train_vae(cfg: VaeTraining, out: Path, device: str, resume: bool = False) ->
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     vae = WanVAE.from_state_dict(load_file(out)).float() if resume else WanVAE(cfg.dim)
-    model = Autoencoder(vae, fixed=resume).to(device)
-    for weight in model.parameters():
-        if weight.ndim == 5:  # the layout cuDNN's 16-bit 3-D convolutions want
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+    model = channels_last(Autoencoder(vae, fixed=resume).to(device))
     step_fn = torch.compile(model) if cfg.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=1e-4)
     budget, step, shown = Budget(cfg.minutes), 0, time.monotonic()

@@ -21,13 +21,15 @@ from .scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURE_PERIOD, TEXTURES
 
 MIN_AREA = 150  # pixels of a blob that counts as seen; the smallest sprite covers about 500
 MIN_SEEN = 0.2  # share of frames in which a colour must be seen to be called a sprite
+MIN_STEADY = 0.15  # and in which its blob must be steady; the rests of a camera pan are a fifth of 81 frames
+FASTEST = 6.0  # pixels a frame; the fastest sprite makes 4.3, a camera pan 11
 TEMPLATE = 40  # side of a normalised shape template
 REACH = 1.9  # half side of a template in units of sqrt(area / pi)
 
 
 @dataclass(frozen=True)
 class SeenSprite:
-    """One sprite as observed. presence: share of frames in view, in the whole clip and in its last quarter."""
+    """One sprite as observed. presence: share of frames in view, in the whole clip and in its last eighth."""
 
     colour: str
     shape: str
@@ -69,7 +71,7 @@ def palette() -> Tensor:
 
 def label_pixels(video_FHWC: Tensor) -> Tensor:
     """Index of the nearest palette colour, by a 3x3 majority of each sprite colour: [F, H, W] (-1: background)."""
-    rgb = palette()
+    rgb = palette().to(video_FHWC.device)
     offset = rgb.square().sum(1) / 2
     labels = []
     for piece in video_FHWC.split(8):
@@ -83,8 +85,11 @@ def label_pixels(video_FHWC: Tensor) -> Tensor:
 
 
 def observe(video_FHWC: Tensor) -> Observation:
-    """Name everything in a clip. video: [F, H, W, 3] uint8 or float in 0..255, at 16 frames a second."""
-    labels = label_pixels(video_FHWC)
+    """Name everything in a clip. video: [F, H, W, 3] uint8 or float in 0..255, at 16 frames a second.
+
+    Most of the time goes into labelling, which runs where the video is; the rest runs on the CPU.
+    """
+    labels, video_FHWC = label_pixels(video_FHWC).cpu(), video_FHWC.cpu()
     sprites = [s for i, name in enumerate(COLOURS) if (s := _observe_colour(labels == i, name)) is not None]
     return Observation(tuple(sprites), *_observe_background(video_FHWC.float(), labels))
 
@@ -101,12 +106,18 @@ def _observe_colour(mask_FHW: Tensor, name: str) -> SeenSprite | None:
         mask_FHW[:, 0].any(1) | mask_FHW[:, -1].any(1) | mask_FHW[:, :, 0].any(1) | mask_FHW[:, :, -1].any(1)
     )
     # Hidden behind another sprite the blob is smaller than usual: such frames say little about shape or place.
-    whole = seen & ~border & (area > 0.8 * area[seen].quantile(0.8))
-    if whole.sum() < 4:
-        whole = seen
+    # So does one that a fast pan smeared: compression changes its colours, and with them its area and place.
+    steady = _steady(cx, cy, area, seen)
+    if steady.float().mean() < MIN_STEADY:
+        return None
+    whole = seen & ~border & (area > 0.8 * area[steady].quantile(0.8))
+    for better in (whole & steady, whole, seen):
+        if better.sum() >= 4:
+            whole = better
+            break
     shape, radius = _name_shape(mask_FHW[whole], cx[whole], cy[whole], area[whole])
     size = min(SIZES, key=lambda s: abs(math.log(SIZES[s] / radius)))
-    late = seen[-max(1, len(seen) // 4) :]
+    late = seen[-max(1, len(seen) // 8) :]
     return SeenSprite(
         name,
         shape,
@@ -115,6 +126,14 @@ def _observe_colour(mask_FHW: Tensor, name: str) -> SeenSprite | None:
         seen.float().mean().item(),
         late.float().mean().item(),
     )
+
+
+def _steady(cx: Tensor, cy: Tensor, area: Tensor, seen: Tensor) -> Tensor:
+    """Frames whose blob differs little, in place and area, from that of the frame before or after."""
+    moved = torch.hypot(cx.diff(), cy.diff())
+    grown = (area[1:].clamp(min=1) / area[:-1].clamp(min=1)).log().abs()
+    alike = seen[1:] & seen[:-1] & (moved < FASTEST) & (grown < 0.3)
+    return F.pad(alike, (0, 1)) | F.pad(alike, (1, 0))
 
 
 @functools.cache
@@ -176,15 +195,21 @@ def _name_motion(cx: Tensor, cy: Tensor, whole: Tensor, seen: Tensor) -> str:
 
 
 def _is_pan(cx: Tensor, cy: Tensor, whole: Tensor, seen: Tensor) -> bool:
-    """A standing sprite under a camera pan: it leaves the view level, comes back on the side it left, and ends where it
-    began. (A sprite that moves level leaves on one side and comes back on the other.)"""
-    index, seen_at = whole.nonzero().flatten(), seen.nonzero().flatten()
-    gap = seen_at.diff() > 1
-    if not gap.any() or cy[index].max() - cy[index].min() > 8:
+    """A standing sprite under a camera pan: it rests, is out of view, and rests again where it was, always level. (No
+    moving sprite rests. While the camera swings, a compressed blob says too little to be followed.)"""
+    at = seen.nonzero().flatten()
+    if not (at.diff() > 8).any():
         return False
-    before, after = seen_at[:-1][gap], seen_at[1:][gap]
-    same_side = (cx[before] - cx[after]).abs().max() < 80
-    return bool(same_side and abs(cx[index[0]] - cx[index[-1]]) < 40)
+    away = int(at.diff().argmax())
+    rests = whole[1:] & whole[:-1] & (torch.hypot(cx.diff(), cy.diff()) < 1.8)
+    index = rests.nonzero().flatten()
+    before, after = index[index < at[away]], index[index > at[away]]
+    if min(len(before), len(after)) < 2:
+        return False
+    x0, x1 = cx[before].median(), cx[after].median()
+    y0, y1 = cy[before].median(), cy[after].median()
+    level = ((cy[whole] - y0).abs() < 8).float().mean() > 0.8
+    return bool(level and (x0 - x1).abs() < 6 and (y0 - y1).abs() < 6)
 
 
 def _turns(cx: Tensor, cy: Tensor, whole: Tensor) -> bool:

@@ -6,6 +6,7 @@ move along a line live on a torus a little larger than the view: they leave on o
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -124,16 +125,18 @@ def render(
     cols = torch.arange(size[1], dtype=torch.float32, device=device)[None, None, :]
     world_x = cols + camera_offset(scene, t)[:, None, None]
     tone = texture_value(scene.texture, world_x + scene.phase_x, rows + scene.phase_y)
-    base = torch.tensor(BACKGROUNDS[scene.background], dtype=torch.float32, device=device)[
-        :, None, None, None
-    ]
-    video = base * (DARK + (LIGHT - DARK) * tone)
+    video = paint(BACKGROUNDS[scene.background], device) * (DARK + (LIGHT - DARK) * tone)
     video = video.expand(3, frames, *size).clone()
     for sprite in scene.sprites:
         alpha = sprite_alpha(sprite, scene, t, world_x, rows)
-        colour = torch.tensor(COLOURS[sprite.colour], dtype=torch.float32, device=device)[:, None, None, None]
-        video += alpha * (colour - video)
+        video += alpha * (paint(COLOURS[sprite.colour], device) - video)
     return video.div_(127.5).sub_(1.0)
+
+
+@functools.cache
+def paint(rgb: tuple[int, int, int], device: torch.device | str) -> Tensor:
+    """A colour [3, 1, 1, 1], uploaded once: an upload waits for whatever the device still computes."""
+    return torch.tensor(rgb, dtype=torch.float32, device=device)[:, None, None, None]
 
 
 def sprite_alpha(sprite: Sprite, scene: Scene, t: Tensor, world_x: Tensor, rows: Tensor) -> Tensor:

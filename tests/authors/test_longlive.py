@@ -3,9 +3,8 @@
 LONGLIVE_PATH names a checkout of github.com/NVlabs/LongLive, branch v1.0. See conftest.py for what makes it fair.
 
 At a switch LongLive empties the cross-attention cache and runs the last frames of its window once more, all in one pass
-at t = 0 under the new prompt; attention in it is not causal (the block mask that it builds is never used). `recache`
-below does the same to our memory, through the memory's own pools: it is the smallest operation that gives the authors'
-latents.
+at t = 0 under the new prompt; attention in it is not causal (the block mask that it builds is never used). Our
+`change_prompt` gives the authors' latents: "re-cache" is their global sink, "flush" their renewed one.
 """
 
 import logging
@@ -15,8 +14,7 @@ import pytest
 import torch
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig, SamplerConfig
 from sparse_forcing_pack.sparse_attn.presets import LONGLIVE
-from sparse_forcing_pack.sparse_attn.state import sdpa
-from sparse_forcing_pack.sparse_attn.wan import frame_timesteps
+from sparse_forcing_pack.sparse_attn.timeline import change_prompt
 
 logger = logging.getLogger("sparse_forcing.authors")
 
@@ -43,28 +41,11 @@ def test_text_to_video(longlive, weights, context, noise, ours, run_theirs, agre
     agree(ours(attention, LONGLIVE.sampler).run(noise), other)
 
 
-@torch.no_grad()
-def recache(mine, latents, *, keep_sink: bool) -> None:
-    """Run the window's frames of `latents` [B, C, F, H, W] again under the stream's new prompt, in one pass.
-
-    keep_sink (their global_sink): the sink's keys and values stay those of the old prompt, unless the sink still lies
-    in front of the window without a gap. Otherwise the window's first frames become the sink.
-    """
-    cache, frame = mine.memory.cache, mine.memory.frame
-    kept = len(cache.slots)
-    fresh = kept - cache.sink if keep_sink and frame > kept else kept
-    if fresh == kept:
-        cache.frames = list(range(frame - kept, frame))
-    slots = cache.slots[kept - fresh :]
-
-    def attend(layer, q, k, v):
-        for pool, x in ((cache.k, k), (cache.v, v)):
-            pool[layer][:, slots] = x.unflatten(1, (fresh, -1))
-        return sdpa(q, *cache.read(layer))
-
-    x = latents[:, :, frame - fresh : frame]
-    timesteps = frame_timesteps(0.0, x.shape[0], fresh, x.device)
-    mine.model(x, timesteps, mine.cross_kv, attend, frame - fresh)
+def switch_prompt(mine, latents, *, keep_sink: bool) -> None:
+    """The pack's prompt switch after `latents` [B, C, F, H, W]; keep_sink is their global_sink."""
+    mine.prompt("second")
+    policy = "re-cache" if keep_sink else "flush"
+    change_prompt(mine.denoise, mine.memory, [mine.memory], lambda a, b: latents[:, :, a:b], policy, 3)
 
 
 @pytest.mark.parametrize("switch", [12, 15])
@@ -87,8 +68,7 @@ def test_a_prompt_switch(
     )
     mine = ours(WINDOW, LONGLIVE.sampler)
     before = mine.run(long_noise[:, :, :switch])
-    mine.prompt("second")
-    recache(mine, before, keep_sink=global_sink)
+    switch_prompt(mine, before, keep_sink=global_sink)
     after = mine.run(long_noise, start_chunk=switch // 3)
     agree(torch.cat([before, after], dim=2), other)
 
@@ -101,11 +81,9 @@ def test_the_comparison_would_see_another_switch(longlive, long_noise, ours):
         before = mine.run(long_noise[:, :, :15])
         mine.prompt("second")
         if policy in ("kept", "renewed"):
-            recache(mine, before, keep_sink=policy == "kept")
+            switch_prompt(mine, before, keep_sink=policy == "kept")
         if policy == "chunks":
-            cache = mine.memory.cache
-            del cache.frames[-9:], cache.slots[-9:]
-            mine.memory.frame -= 9
+            mine.memory.rewind(9)
             mine.prefill(before[:, :, 6:15])
         return mine.run(long_noise, start_chunk=5)
 

@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WORLD_DIT = ROOT / "sparse_attn" / "world" / "weights" / "world_dit.safetensors"
 FOLDER = "any-name.for_it"  # ComfyUI takes the pack under whatever name its folder has
-NODES = 6
+NODES = 8
 START_SECONDS, RUN_SECONDS = 120, 120
 
 pytestmark = [
@@ -164,7 +164,7 @@ def test_pack_loads_fast_and_quietly(server):
 
 
 def test_every_input_and_output_is_explained(server):
-    nodes = {k: v for k, v in server.get("/object_info").items() if k.startswith("SparseForcing")}
+    nodes = {k: v for k, v in server.get("/object_info").items() if "SparseForcing" in k}
     assert len(nodes) == NODES
     for name, node in nodes.items():
         assert node["display_name"] and node["description"] and node["search_aliases"]
@@ -186,6 +186,28 @@ def test_world_model_demo_streams_a_video(server):
     done = server.run(demo())
     assert done["status"]["status_str"] == "success", done["status"]
     assert frames_of(saved_video(server, done["outputs"])) == (9, (64, 48))
+
+
+def test_a_session_is_saved_loaded_and_gone_on_with(server):
+    save = {"session": ["4", 2], "filename_prefix": "sessions/test"}
+    short = demo(n4_autosave_chunks=1) | {
+        "9": {"class_type": "SaveSparseForcingSession", "inputs": save},
+    }
+    done = server.run(short)
+    assert done["status"]["status_str"] == "success", done["status"]
+    assert "3 latent frames, 0.56 s, seed 0" in done["outputs"]["9"]["text"][0]
+    node = server.get("/object_info/LoadSparseForcingSession")["LoadSparseForcingSession"]
+    names = node["input"]["required"]["session_name"][1]["options"]
+    assert names[0].startswith("sessions/test_") and names[1].startswith("video/SparseForcing_")
+    whole = saved_video(server, server.run(demo(n4_seconds=1.0))["outputs"])
+    for name in names[:2]:
+        load = {"class_type": "LoadSparseForcingSession", "inputs": {"session_name": name}}
+        done = server.run(demo(n4_seconds=1.0, n4_session=["9", 0], n4_seed=5) | {"9": load})
+        assert done["status"]["status_str"] == "success", done["status"]
+        assert saved_video(server, {"4": done["outputs"]["4"]}).read_bytes() == whole.read_bytes()
+    load["inputs"]["session_name"] = "../../etc/passwd"
+    refused = server.post("/prompt", {"prompt": demo(n4_session=["9", 0]) | {"9": load}})
+    assert "not in list" in json.dumps(refused["node_errors"])
 
 
 def test_patched_wan_model_samples_with_core_nodes(server):

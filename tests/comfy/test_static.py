@@ -53,9 +53,13 @@ FROZEN = {
             "first_steps",
             "clip",
             "on_prompt_change",
+            "session",
+            "autosave_chunks",
         ],
-        "outputs": ["VIDEO", "LATENT"],
+        "outputs": ["VIDEO", "LATENT", "SESSION"],
     },
+    "SaveSparseForcingSession": {"inputs": ["session", "filename_prefix"], "outputs": ["SESSION"]},
+    "LoadSparseForcingSession": {"inputs": ["session_name"], "outputs": ["SESSION"]},
     "SparseForcingPromptTimeline": {"inputs": ["clip", "text"], "outputs": ["CONDITIONING"]},
 }
 SOCKETS = {
@@ -70,6 +74,7 @@ SOCKETS = {
     "Sampler",
     "Noise",
     "Guider",
+    "SESSION",
 }
 
 
@@ -87,9 +92,12 @@ def keyword(call: ast.Call, name: str) -> ast.expr | None:
 
 
 def calls(tree: ast.AST, kind: str) -> list[ast.Call]:
+    """Calls of `io`, or of the pack's own socket type, whose name ends in `kind`."""
     found = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
     return [
-        n for n in found if attribute_path(n.func).startswith("io.") and attribute_path(n.func).endswith(kind)
+        n
+        for n in found
+        if attribute_path(n.func).startswith(("io.", "SESSION.")) and attribute_path(n.func).endswith(kind)
     ]
 
 
@@ -175,7 +183,7 @@ class TestWorkflow:
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
             if node["type"] not in FROZEN:
                 continue
-            schema = {input_name(i): attribute_path(i.func).split(".")[1] for i in inputs_of(node["type"])}
+            schema = {input_name(i): attribute_path(i.func).split(".")[-2] for i in inputs_of(node["type"])}
             optional = {input_name(i) for i in inputs_of(node["type"]) if keyword(i, "optional")}
             saved = {i["name"] for i in node["inputs"]}
             assert (

@@ -25,6 +25,9 @@ def test_every_token_lies_in_exactly_one_block(grid, block_tokens):
     assert int(geometry.lens.sum()) == geometry.num_tokens == grid[0] * grid[1] * grid[2]
     assert 1 <= int(geometry.lens.min()) <= int(geometry.lens.max()) <= block_tokens
     valid = torch.arange(block_tokens) < geometry.lens[:, None]
+    assert torch.equal(geometry.tokens >= 0, valid)
+    flat = token_coordinates(*grid)[0, :, 0]
+    assert torch.equal(flat[geometry.tokens[valid].long()], blocks[valid])
     assert (blocks[~valid] == 0).all()
     seen = {tuple(token) for token in blocks[valid].tolist()}
     assert len(seen) == geometry.num_tokens

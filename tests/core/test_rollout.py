@@ -4,6 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
+from sparse_forcing_pack.sparse_attn import rollout
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig, SamplerConfig
 from sparse_forcing_pack.sparse_attn.rollout import prefill, stream
 
@@ -82,6 +83,22 @@ def test_noise_rule():
         assert torch.equal(model.inputs[4 * chunk + 3], x), (
             "the clean pass gets the finished latent, without noise"
         )
+
+
+def test_the_next_noise_is_drawn_before_the_wait(monkeypatch):
+    """So the host draws while the device still computes; nothing is drawn past the end."""
+    order, draw = [], rollout.draw_noise
+    monkeypatch.setattr(rollout, "draw_noise", lambda *args: (order.append(args[2:]), draw(*args))[1])
+    monkeypatch.setattr(rollout, "_wait_for", lambda latent: order.append("wait"))
+    model = Recorder()
+    list(stream(model, model, SamplerConfig(sigmas=(1.0,)), shape=SHAPE, total_frames=5))
+    assert order == [(0, 999), (1, 999), "wait", "wait"]
+
+
+def test_no_noise_is_no_video():
+    model = Recorder()
+    assert list(stream(model, model, SAMPLER, noise=torch.zeros(1, 4, 0, 5, 7))) == []
+    assert model.events == []
 
 
 def test_given_noise_is_the_start_of_every_chunk():

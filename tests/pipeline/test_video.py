@@ -69,7 +69,7 @@ def test_odd_sides_are_extended(tmp_path):
     assert read(tmp_path / "odd.mp4").shape == (3, 34, 48, 3)
 
 
-def test_a_killed_run_leaves_a_video_of_all_finished_fragments(tmp_path):
+def test_a_killed_run_leaves_a_video_of_all_that_was_appended(tmp_path):
     path = tmp_path / "killed.mp4"
     code = f"""
         import os, sys
@@ -83,7 +83,64 @@ def test_a_killed_run_leaves_a_video_of_all_finished_fragments(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
     assert done.returncode == 9
-    assert_alike(read(path), clip(24))  # the third append's fragment was still open
+    assert_alike(read(path), clip(36))
+
+
+def test_every_append_is_in_the_file_at_once(tmp_path):
+    path = tmp_path / "a.mp4"
+    with Mp4Writer(path) as writer:
+        for i in range(3):
+            writer.append(clip(12, start=12 * i))
+            writer.sync()
+            assert path.stat().st_size == writer.bytes
+            assert_alike(read(path), clip(12 * i + 12))
+    with av.open(str(path)) as container:
+        assert container.duration == 36 * av.time_base / 16
+        pts = [float(frame.pts * frame.time_base * 16) for frame in container.decode(video=0)]
+        assert pts == list(range(36))
+        container.seek(int(1.6 * av.time_base))
+        assert next(container.decode(video=0)).time == 24 / 16, "the keyframe before 1.6 s"
+
+
+@pytest.mark.parametrize("codec", list(video.CODECS))
+def test_a_video_goes_on_in_a_new_file(tmp_path, monkeypatch, codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    monkeypatch.setattr(video, "CODECS", {codec: video.CODECS[codec]})
+    with Mp4Writer(tmp_path / "a.mp4") as whole:
+        whole.append(clip(9))
+        whole.append(clip(12, start=9))
+        cut, frames = whole.bytes, whole.frames
+        whole.append(clip(40, start=21))
+    with Mp4Writer(tmp_path / "b.mp4") as writer:
+        writer.resume(tmp_path / "a.mp4", cut, frames, 48, 64)
+        assert_alike(read(tmp_path / "b.mp4"), clip(21))
+        writer.append(clip(40, start=21))
+        with pytest.raises(ValueError, match="64x32 frames cannot follow 64x48"):
+            writer.append(clip(1, height=32))
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_going_on_with_something_else_is_refused(tmp_path):
+    path, new = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    with Mp4Writer(path) as writer:
+        writer.append(clip(9))
+        size = writer.bytes
+    (tmp_path / "short.mp4").write_bytes(path.read_bytes()[: size - 1])
+    (tmp_path / "junk.mp4").write_bytes(bytes(5000))
+    for source, cut, side, message in (
+        (tmp_path / "none.mp4", size, 48, "cannot be read: No such file"),
+        (tmp_path / "junk.mp4", size, 48, "written with other settings"),
+        (path, size, 32, "written with other settings"),
+        (tmp_path / "short.mp4", size, 48, f"it has {size - 1} bytes of {size}"),
+        (path, size - 10, 48, "do not end where"),
+        (path, size + 3, 48, "do not end where"),
+    ):
+        writer = Mp4Writer(new)
+        with pytest.raises(ValueError, match=message):
+            writer.resume(source, cut, 9, side, 64)
+        writer.close()
+        assert not new.exists()
 
 
 def test_close_twice_and_nothing_after(tmp_path):

@@ -70,5 +70,18 @@ def test_a_sprite_that_vanishes_is_not_present_at_the_end():
     assert (verdict.colour, verdict.shape, verdict.present) == (1, 1, 0)
 
 
+def test_a_pan_whose_colours_smear_is_still_read_right_and_the_wrong_shape_is_not():
+    scene = Scene((Sprite("star", "white", "large", "still"),), "navy", "plain", pan="left")
+    clip = as_bytes(render(scene, FRAMES)).float()
+    # Compression leaves the rests sharp and bleaches or blurs what moves 11 pixels a frame.
+    swing = slice(9, 73)
+    clip[swing] += 25 * torch.randn(clip[swing].shape, generator=torch.Generator().manual_seed(0))
+    clip[swing][::2] -= torch.tensor([0.0, 110.0, 0.0])
+    clip = clip.clamp(0, 255).byte()
+    assert checker.judge(clip, scene) == checker.Verdict(1, 1, 1, 1, 1, 1, 0, True, True)
+    wrong = checker.judge(clip, Scene((Sprite("ring", "white", "large", "right"),), "navy", "plain"))
+    assert (wrong.shape, wrong.motion) == (0, 0)
+
+
 def test_rates_of_no_clips():
     assert set(checker.summarise([]).values()) == {0.0}

@@ -1,5 +1,6 @@
 """The world model's training: its own optimiser against torch's, and the teacher-forcing attention against a mask."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,9 @@ def test_teacher_forcing_attention_is_the_masked_attention():
     torch.testing.assert_close(teacher_forcing_attention(chunks)(0, q, k, v), want)
 
 
-@pytest.mark.parametrize("step", ["opening", "window", "whole clip", "own context", "stream"])
+@pytest.mark.parametrize(
+    "step", ["opening", "guided opening", "window", "whole clip", "own context", "stream"]
+)
 def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
     torch.manual_seed(0)
     cfg = DitTraining(
@@ -61,13 +64,14 @@ def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
     )  # zero at the start, which would stop all gradients
     bank = bank_of_noise(monkeypatch)
     loss = {
-        "opening": lambda: opening_step(model, bank, cfg, "cpu"),
+        "opening": lambda: opening_step(model, *bank.draw(3, 1, 0.5)[:2], cfg),
+        "guided opening": lambda: opening_step(model, *bank.draw(3, 1, 0.5)[:2], replace(cfg, guidance=0.5)),
         "window": lambda: clip_step(model, bank, cfg, False, False, "cpu"),
         "whole clip": lambda: clip_step(model, bank, cfg, True, False, "cpu"),
         "own context": lambda: clip_step(model, bank, cfg, True, True, "cpu"),
-        "stream": lambda: stream_step(model, bank, cfg, "cpu"),
+        "stream": lambda: stream_step(model, *bank.draw(2, 7, 0.0)[:2], "absolute", cfg),
     }[step]()
-    assert loss.shape == (() if step == "opening" else (4,))
+    assert loss.shape == (() if "opening" in step else (4,))
     assert torch.nanmean(loss) > 0
     lazy = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert lazy == []
@@ -76,7 +80,9 @@ def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
 
 def bank_of_noise(monkeypatch):
     """A bank of prompts whose clips are noise, 21 frames of 4 x 6 latent pixels."""
-    monkeypatch.setattr(world_dit, "render_batch", lambda scenes, frames, device: torch.zeros(len(scenes)))
+    monkeypatch.setattr(
+        world_dit, "render_batch", lambda scenes, frames, device: torch.zeros(len(scenes), 3, 1, 1, 1)
+    )
     vae = SimpleNamespace(encode_whole=lambda videos: torch.randn(len(videos), 16, 21, 4, 6))
     bank = world_dit.LatentBank(vae, size=4, device="cpu", seed=0)
     bank.add(4)

@@ -150,6 +150,25 @@ def _own_rows(tile, part, parts, whole, num_rows, row, ROWS: tl.constexpr):
     return tl.where(part > 0, behind, row)
 
 
+@triton.jit
+def _attend_keys(
+    q_tile, k, k_at, v, v_at, valid, acc, top, mass, scale_log2,
+    D: tl.constexpr, D_PAD: tl.constexpr, MASK: tl.constexpr, MASK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take the rows of k and v at these offsets [KEYS] into a running attention -> its new acc, top and mass.
+
+    MASK: only those that `valid` [KEYS] names; MASK_V: and the others' values are not even read.
+    """
+    k_tile = load_rows(k, k_at, valid, D, D_PAD, False)  # [KEYS, D_PAD]
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    if MASK:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    weights, factor, top, mass = softmax_step(scores, top, mass, scale_log2)
+    v_tile = load_rows(v, v_at, valid, D, D_PAD, MASK_V)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * factor[:, None], input_precision=PRECISION)
+    return acc, top, mass
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_pointers(
     q, k, v, page_len, idx, cnt, out, lse,
@@ -190,13 +209,10 @@ def forward_pointers(
             valid = tokens < T
             if PADDING > 0:
                 valid = tokens < tl.load(lens + slot)
-            k_tile = load_rows(k + slot * k_s, tokens * k_t, valid, D, D_PAD, False)  # [KEYS, D_PAD]
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            if PADDING > 0:
-                scores = tl.where(valid[None, :], scores, float("-inf"))
-            weights, factor, top, mass = softmax_step(scores, top, mass, scale_log2)
-            v_tile = load_rows(v + slot * v_s, tokens * v_t, valid, D, D_PAD, PADDING == 2)
-            acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * factor[:, None], input_precision=PRECISION)
+            acc, top, mass = _attend_keys(
+                q_tile, k + slot * k_s, tokens * k_t, v + slot * v_s, tokens * v_t, valid, acc, top, mass, scale_log2,
+                D, D_PAD, PADDING > 0, PADDING == 2, PRECISION,
+            )  # fmt: skip
     else:
         STEP: tl.constexpr = KEYS // T  # pages read at once; the last step may repeat the last page, masked
         tokens = keys % T
@@ -206,12 +222,10 @@ def forward_pointers(
             valid = entry < count
             if PADDING > 0:
                 valid &= tokens < tl.load(lens + slot)
-            k_tile = load_rows(k, slot * k_s + tokens * k_t, valid, D, D_PAD, False)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            scores = tl.where(valid[None, :], scores, float("-inf"))
-            weights, factor, top, mass = softmax_step(scores, top, mass, scale_log2)
-            v_tile = load_rows(v, slot * v_s + tokens * v_t, valid, D, D_PAD, PADDING == 2)
-            acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * factor[:, None], input_precision=PRECISION)
+            acc, top, mass = _attend_keys(
+                q_tile, k, slot * k_s + tokens * k_t, v, slot * v_s + tokens * v_t, valid, acc, top, mass, scale_log2,
+                D, D_PAD, True, PADDING == 2, PRECISION,
+            )  # fmt: skip
     row = _own_rows(tile, part, parts, whole, num_rows, g * num_lists * list_rows + row, ROWS)
     _finish(out, lse, acc, top, mass, row, keep, D, D_PAD)
 

@@ -95,7 +95,6 @@ FLOAT32 = (torch.float32,)
 
 VARIANTS = (
     Variant("specialised", 128, 128, 4, 2, HOPPER, tokens=(128,), residents=1),
-    Variant("specialised", 128, 64, 4, 3, HOPPER, tokens=(64, 128), residents=1),
     Variant("descriptors", 128, 128, 8, 2, HOPPER, tokens=(128,), residents=1),
     Variant("pointers", 128, 64, 4, 3, HOPPER, tokens=(128,), residents=2),
     Variant("pointers", 128, 64, 4, 3, HOPPER, shared=True, residents=2),

@@ -105,6 +105,11 @@ def tiny_vae():
 def stream_video(model, vae, node=None, **changes):
     """Run the Stream Video node as the host would, under the id `node`; returns (frames [n, H, W, 3] of its VIDEO, its
     LATENT, its path)."""
+    return stream_session(model, vae, node, **changes)[:3]
+
+
+def stream_session(model, vae, node=None, **changes):
+    """The same, with its SESSION."""
     stream = pack("nodes.stream_video").SparseForcingStreamVideo
     inputs = {
         "width": 32, "height": 32, "seconds": 1.0, "seed": 3, "steps": 4, "cfg": 1.0, "chunk_frames": 3,
@@ -115,5 +120,5 @@ def stream_video(model, vae, node=None, **changes):
     stream.hidden = SimpleNamespace(unique_id=node)
     with torch.inference_mode():
         output = stream.execute(model=model, positive=inputs.pop("positive", prompt(1)), vae=vae, **inputs)
-    video, latent = output.args
-    return video.get_components().images, latent["samples"], video.get_stream_source()
+    video, latent, session = output.args
+    return video.get_components().images, latent["samples"], video.get_stream_source(), session

@@ -113,7 +113,7 @@ def check_stream_video_refusals():
 
 
 def check_long_latents_lie_on_disk():
-    module = pack("nodes.stream_video")
+    module = pack("nodes.video_stream")
     limit, module.IN_MEMORY_BYTES = module.IN_MEMORY_BYTES, 0
     try:
         with torch.inference_mode():

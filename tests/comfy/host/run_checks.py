@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 PACK = "sparse-forcing"  # any name, as ComfyUI gives it the folder's
-GROUPS = ("sampling", "contract", "video", "live", "loaders")
+GROUPS = ("sampling", "contract", "video", "live", "session", "loaders")
 
 
 def start_host(comfyui: str, folder: str) -> None:
