@@ -16,6 +16,7 @@ class SparseForcingExtension(ComfyExtension):
         from .apply import SparseForcingApply
         from .live import add_routes
         from .loaders import SparseForcingModelLoader, SparseForcingWorldModel
+        from .memory_map import SparseForcingMemoryMap
         from .prompt_timeline import SparseForcingPromptTimeline
         from .sampler import SparseForcingSampler
         from .session_nodes import LoadSparseForcingSession, SaveSparseForcingSession
@@ -31,4 +32,5 @@ class SparseForcingExtension(ComfyExtension):
             SparseForcingPromptTimeline,
             SaveSparseForcingSession,
             LoadSparseForcingSession,
+            SparseForcingMemoryMap,
         ]

@@ -34,8 +34,9 @@ class PagedKV:
     """Pages and tables of all layers, for mode "sparse".
 
     k_pages, v_pages [L, G, S, T, D]; page_len [L, G, S] int32, valid tokens at the front of a page; page_frame
-    [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); pooled [L, G, S, D]
-    float32, mean of the page's keys; table [L, G, S] int64, the permutation of slots described above.
+    [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); page_block [L, G, S] int32,
+    the block's number in its chunk, for the memory map; pooled [L, G, S, D] float32, mean of the page's keys; table
+    [L, G, S] int64, the permutation of slots described above.
     S = (persistent_frames + window_frames) / chunk_frames * blocks a chunk.
     """
 
@@ -61,8 +62,8 @@ class PagedKV:
         page_shape = (*table_shape, attention.block_tokens, head_dim)
         self.k_pages, self.v_pages = (torch.zeros(page_shape, dtype=dtype, device=device) for _ in range(2))
         self.pooled = torch.zeros(*table_shape, head_dim, device=device)
-        self.page_len, self.page_frame = (
-            torch.zeros(table_shape, dtype=torch.int32, device=device) for _ in range(2)
+        self.page_len, self.page_frame, self.page_block = (
+            torch.zeros(table_shape, dtype=torch.int32, device=device) for _ in range(3)
         )
         self.table = torch.zeros(table_shape, dtype=torch.int64, device=device)
         # of the open chunk's pages, each layer's latest: what the clean pass found decides
@@ -103,6 +104,8 @@ class PagedKV:
         self.chunk_lens = self.chunk.lens.expand(shape[1:]).contiguous()  # [G, NB]
         self.page_len.scatter_(2, self.current, self.chunk_lens.expand(shape))
         self.page_frame.scatter_(2, self.current, (self.chunk.first_frame + frame).expand(shape))
+        numbers = torch.arange(shape[-1], dtype=torch.int32, device=self._device)
+        self.page_block.scatter_(2, self.current, numbers.expand(shape))
         return self.time if self.attention.positions == "rebased" else frame
 
     def write(self, layer: int, k_blocks: Tensor, v_blocks: Tensor) -> None:
@@ -144,7 +147,7 @@ class PagedKV:
 
     def tensors(self) -> dict[str, Tensor]:
         """The pool and its tables, by name: all that lives on the device between chunks."""
-        names = ("k_pages", "v_pages", "pooled", "page_len", "page_frame", "table")
+        names = ("k_pages", "v_pages", "pooled", "page_len", "page_frame", "page_block", "table")
         return {name: getattr(self, name) for name in names}
 
     def counters(self) -> dict[str, list[int]]:

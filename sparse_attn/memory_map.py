@@ -118,7 +118,8 @@ class _Layout(NamedTuple):
         """chunks: (first latent frame, frames) of each, in the order of time."""
         if not chunks:
             raise SessionError("The memory is still empty: finish a chunk first.")
-        places, boxes, start_of, count = [], [], {}, 0
+        places, boxes, count = [], [], 0
+        start_of: dict[int, int] = {}
         for start, frames in chunks:
             place, box = _blocks(BlockGeometry(frames, *state.grid, state.attention.block_tokens))
             place[:, 0] += start
@@ -193,20 +194,34 @@ def _shell(saved: dict[str, Tensor]) -> StreamState:
         mode = get_args(Mode)[fact["mode"]]
         if mode != "sparse":
             raise _wrong_mode(mode)
-        names = ("window_frames", "sink_frames", "persistent_frames", "block_tokens")
-        positions = get_args(Positions)[fact["positions"]]
-        attention = AttentionConfig(mode=mode, positions=positions, **{name: fact[name] for name in names})
+        attention = AttentionConfig(
+            mode=mode,
+            window_frames=fact["window_frames"],
+            sink_frames=fact["sink_frames"],
+            persistent_frames=fact["persistent_frames"],
+            block_tokens=fact["block_tokens"],
+            positions=get_args(Positions)[fact["positions"]],
+        )
         grid = (fact["grid_height"], fact["grid_width"])
         if fact["chunk_frames"] * grid[0] * grid[1] > saved["table"].shape[-1] * attention.block_tokens:
             raise _damaged()  # before anything of that size is made
-        shape = {name: fact[name] for name in ("layers", "heads", "head_dim", "batch", "chunk_frames")}
-        dtype = saved["k_pages"].dtype
-        state = StreamState(**shape, grid=grid, attention=attention, dtype=dtype, device="meta")
+        state = StreamState(
+            layers=fact["layers"],
+            heads=fact["heads"],
+            head_dim=fact["head_dim"],
+            grid=grid,
+            chunk_frames=fact["chunk_frames"],
+            attention=attention,
+            batch=fact["batch"],
+            dtype=saved["k_pages"].dtype,
+            device="meta",
+        )
     except SessionError:
         raise
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise _damaged() from error
-    check_memory(state, saved)
+    # a memory without page_block is one, too
+    check_memory(state, {"page_block": torch.zeros_like(saved["table"], dtype=torch.int32), **saved})
     if "page_block" in saved and saved["page_block"].shape != saved["table"].shape:
         raise _damaged()
     state.cache.load_counters({name: saved[name].tolist() for name in state.cache.counters()})
@@ -233,7 +248,7 @@ def _damaged() -> SessionError:
 def draw_memory_map(
     memory: MemoryMap, frames: Tensor | np.ndarray | None = None, layer: int = -1, head: int = -1
 ) -> Image.Image:
-    """The held past as a sheet: a tile for each stretch of frames that one layer of blocks covers.
+    """The held past as a sheet: a tile for each stretch of frames that one layer of blocks covers, if any is held.
 
     The more of the chosen layers and heads (-1: all) hold a block, the brighter it is; of persistent memory the block
     that most of them hold is brightest, and the legend says how many these are. Of more than MOST_TILES stretches those
@@ -244,7 +259,8 @@ def draw_memory_map(
     _check_frames(frames, memory.frames)
     stretches, which = memory.boxes[:, :2].unique(dim=0, return_inverse=True)
     amount = torch.zeros(len(stretches)).index_add_(0, which, shares)
-    drawn = amount.argsort(descending=True, stable=True)[:MOST_TILES].sort().values.tolist()
+    some = int((amount > 0).sum())
+    drawn = amount.argsort(descending=True, stable=True)[: min(some, MOST_TILES)].sort().values.tolist()
     persistent = shares[memory.part == 1]
     peak = float(persistent.max()) if persistent.numel() else 0.0
     height = max(8, round(TILE_WIDTH * memory.grid[0] / memory.grid[1]))
@@ -252,7 +268,7 @@ def draw_memory_map(
         _tile(memory, which == i, shares, peak, _picture(frames, stretches[i].tolist(), height))
         for i in drawn
     ]
-    lines = _legend(memory, peak, len(drawn), len(stretches))
+    lines = _legend(memory, peak, len(drawn), some)
     return _sheet(_title(memory, layer, head), tiles, lines)
 
 
@@ -298,13 +314,13 @@ def _tile(memory: MemoryMap, chosen: Tensor, shares: Tensor, peak: float, pictur
     rows, columns = (
         np.arange(pixels) * tokens // pixels for pixels, tokens in zip(picture.size[::-1], memory.grid)
     )
-    light, number = (x[rows][:, columns] for x in (light, number))
+    light_HW, number_HW = light[rows][:, columns], number[rows][:, columns]
     frame = np.asarray(picture, np.float32)
     bright = 0.65 * frame + 0.35 * np.asarray(COLOURS[part], np.float32)
-    seen = DARKEST * frame + light[..., None] * (bright - DARKEST * frame)
-    border = np.zeros(number.shape, bool)
-    border[:, 1:] |= number[:, 1:] != number[:, :-1]
-    border[1:] |= number[1:] != number[:-1]
+    seen = DARKEST * frame + light_HW[..., None] * (bright - DARKEST * frame)
+    border = np.zeros(number_HW.shape, bool)
+    border[:, 1:] |= number_HW[:, 1:] != number_HW[:, :-1]
+    border[1:] |= number_HW[1:] != number_HW[:-1]
     seen[border] *= 0.75
     first, end = boxes[0][:2]
     video = (max(0, 4 * first - 3), 4 * (end - 1))

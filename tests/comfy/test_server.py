@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WORLD_DIT = ROOT / "sparse_attn" / "world" / "weights" / "world_dit.safetensors"
 FOLDER = "any-name.for_it"  # ComfyUI takes the pack under whatever name its folder has
-NODES = 8
+NODES = 9
 START_SECONDS, RUN_SECONDS = 120, 120
 
 pytestmark = [

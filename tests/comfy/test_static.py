@@ -60,6 +60,7 @@ FROZEN = {
     },
     "SaveSparseForcingSession": {"inputs": ["session", "filename_prefix"], "outputs": ["SESSION"]},
     "LoadSparseForcingSession": {"inputs": ["session_name"], "outputs": ["SESSION"]},
+    "SparseForcingMemoryMap": {"inputs": ["session", "images", "layer", "head"], "outputs": ["IMAGE"]},
     "SparseForcingPromptTimeline": {"inputs": ["clip", "text"], "outputs": ["CONDITIONING"]},
 }
 SOCKETS = {

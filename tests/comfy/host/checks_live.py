@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from checks_common import apply, close, fails, noise, pack, prompt, stream_video, tiny_model, tiny_vae
+from checks_common import apply, fails, noise, pack, prompt, stream_video, tiny_model, tiny_vae
 from PIL import Image
 
 

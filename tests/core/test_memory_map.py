@@ -1,0 +1,308 @@
+"""The memory map: what it says is what the memory's own tables say, and the picture shows it."""
+
+import numpy as np
+import pytest
+import torch
+from sparse_forcing_pack.sparse_attn import memory_map as module
+from sparse_forcing_pack.sparse_attn.config import AttentionConfig
+from sparse_forcing_pack.sparse_attn.geometry import BlockGeometry, choose_counts
+from sparse_forcing_pack.sparse_attn.memory_map import PARTS, draw_memory_map, read_memory_map
+from sparse_forcing_pack.sparse_attn.session import SessionError, memory_snapshot
+
+GRIDS = [(4, 4), (5, 7), (3, 1)]  # the second and third divide into ragged tiles
+LENGTHS = (
+    [3] * 6,
+    [1, 3, 3, 3, 3, 3],
+    [3, 3, 3, 3, 2],
+    [3, 3],
+)  # whole; behind a start image; a short end; not full
+
+
+def sparse(**changes) -> AttentionConfig:
+    return AttentionConfig(**{"block_tokens": 4, "persistent_frames": 6, "topk": 0.5} | changes)
+
+
+class Recorder:
+    """Notes at every chunk which block each page gets, as a table `page_block` beside the memory's own."""
+
+    def __init__(self, state):
+        self.cache, self.begin = state.cache, state.begin_chunk
+        self.page_block = torch.full_like(state.cache.page_frame, -1)
+        state.begin_chunk = self.note
+
+    def note(self, frames):
+        self.begin(frames)
+        slots = self.cache.current
+        numbers = torch.arange(slots.shape[-1], dtype=torch.int32)
+        self.page_block.scatter_(2, slots, numbers.expand(slots.shape))
+
+
+@pytest.fixture(scope="module")
+def streamed(make_toy, make_video):
+    """(state, its snapshot with page_block) after chunks of some lengths."""
+
+    def run(grid=(5, 7), lengths=LENGTHS[0], batch=1, attention=None):
+        toy = make_toy(grid)
+        state = toy.state(attention or sparse(), 3, batch)
+        recorder = Recorder(state)
+        toy.run(state, make_video(grid, sum(lengths), batch), lengths)
+        return state, memory_snapshot(state) | {"page_block": recorder.page_block}
+
+    return run
+
+
+def expected(state, saved, lengths):
+    """{(layer, batch, head): {part: set of (frame, row, column)}} from the tables, one entry at a time."""
+    start = {}  # latent frame -> (first frame of its chunk, its frames)
+    for i, frames in enumerate(lengths):
+        start |= {sum(lengths[:i]) + f: (sum(lengths[:i]), frames) for f in range(frames)}
+    found = {}
+    for layer, tables in enumerate(saved["table"].tolist()):
+        for group, slots in enumerate(tables):
+            window = sum(state.cache.geometry(n).num_blocks for n in saved["window"].tolist())
+            filled, room = int(saved["persistent"]), state.cache.capacity
+            parts = {name: set() for name in PARTS}
+            entries = [*enumerate(slots[:filled]), *((None, s) for s in slots[room : room + window])]
+            for place, slot in entries:
+                frame, number = (int(saved[n][layer, group, slot]) for n in ("page_frame", "page_block"))
+                first, frames = start[frame]
+                nt, nh, nw = choose_counts((frames, *state.grid), state.attention.block_tokens)
+                assert frame == first + (number // (nh * nw)) * frames // nt
+                kind = "window" if place is None else "sink" if place < int(saved["pinned"]) else "persistent"
+                parts[kind].add((frame, number // nw % nh, number % nw))
+            found[layer, group // state.heads, group % state.heads] = parts
+    return found
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_kept_blocks_are_the_tables(streamed, grid, lengths):
+    state, saved = streamed(grid, lengths, batch=2)
+    found = read_memory_map(saved)
+    assert found.exact and found.frames == sum(lengths) and found.held.shape[:3] == (3, 2, 2)
+    want = expected(state, saved, lengths)
+    for at, parts in want.items():
+        for i, name in enumerate(PARTS):
+            chosen = found.places[(found.held[at] == 1) & (found.part == i)].tolist()
+            assert len(chosen) == len(parts[name]) and {tuple(p) for p in chosen} == parts[name], (at, name)
+    assert set(found.held.unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("tokens", [2, 4, 7])
+def test_boxes_tile_the_frames(streamed, grid, tokens):
+    found = read_memory_map(streamed(grid, [1, 3, 3, 3, 3], attention=sparse(block_tokens=tokens))[1])
+    covered = torch.zeros(found.frames, *grid, dtype=torch.int64)
+    for t0, t1, y0, y1, x0, x1 in found.boxes.tolist():
+        covered[t0:t1, y0:y1, x0:x1] += 1
+        assert (t1 - t0) * (y1 - y0) * (x1 - x0) <= tokens
+    held = sorted({f for t0, t1 in found.boxes[:, :2].tolist() for f in range(t0, t1)})
+    assert covered[held].eq(1).all() and covered.sum() == len(held) * grid[0] * grid[1]
+    geometry = BlockGeometry(3, *grid, tokens)
+    last = found.boxes[-geometry.num_blocks :]
+    sizes = (last[:, 1::2] - last[:, ::2]).prod(-1)
+    assert torch.equal(sizes.int(), geometry.lens)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_shares_sum_up(streamed, grid):
+    state, saved = streamed(grid)
+    tables = {name: saved[name] for name in saved if name != "page_block"}
+    window = sum(chunk.blocks for chunk in state.cache.window)
+    for source in (saved, tables, state):
+        found = read_memory_map(source)
+        every = found.held.sum(-1)
+        assert torch.allclose(every, torch.full_like(every, state.cache.persistent + window))
+        assert found.shares().sum().item() == pytest.approx(state.cache.persistent + window, rel=1e-5)
+        alone = torch.stack([found.shares(i, j) for i in range(3) for j in range(2)])
+        assert torch.allclose(alone.mean(0), found.shares())
+        assert torch.equal(found.shares(2, 1), found.held[2, 0, 1])
+        assert torch.allclose(found.shares(1), found.held[1].mean((0, 1)))
+        assert torch.allclose(found.shares(head=1), found.held[:, :, 1].mean((0, 1)))
+    assert found.shares()[found.part != 1].eq(1).all()
+
+
+def test_without_block_numbers_each_frame_is_right(streamed):
+    state, saved = streamed(batch=2)
+    found, exact = read_memory_map(state), read_memory_map(saved)
+    del saved["page_block"]
+    again = read_memory_map(saved)
+    assert not again.exact and torch.equal(again.held, read_memory_map(saved).held)
+    kept = state.kept_frames()
+    for frame in range(found.frames):
+        here = (again.places[:, 0] == frame) & (again.part != 2)
+        count = (kept == frame).sum(-1).float()
+        assert torch.allclose(again.held[..., here].sum(-1), count)
+        assert torch.allclose(exact.held[..., here].sum(-1), count)
+        if frame >= 3:
+            assert (again.held[..., here] == again.held[..., here][..., :1]).all()
+    assert torch.equal(found.boxes, exact.boxes) and torch.equal(found.places, exact.places)
+    whole = exact.part != 1
+    assert torch.equal(again.held[..., whole], exact.held[..., whole])
+
+
+def test_a_stream_that_was_flushed_or_holds_no_sink(streamed):
+    state, saved = streamed(attention=sparse(sink_frames=0))
+    found = read_memory_map(saved)
+    assert not (found.part == 0).any() and (found.part == 1).any()
+    state.reset()
+    with pytest.raises(SessionError, match="still empty: finish a chunk first"):
+        read_memory_map(state)
+    state.frame = 18  # what a flush leaves
+    state.begin_chunk(3)
+    state.wrote_all()
+    state.end_chunk()
+    assert read_memory_map(state).boxes[:, :2].unique(dim=0).tolist() == [[18, 19], [19, 20], [20, 21]]
+
+
+def test_a_map_of_a_live_stream_reads_no_pages(streamed):
+    state, saved = streamed()
+    del saved["page_block"]
+    state.cache.k_pages = state.cache.v_pages = state.cache.pooled = None  # would be gigabytes on a device
+    found = read_memory_map(state)
+    assert found.frames == 18 and torch.equal(found.places, read_memory_map(saved).places)
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def light(tile, found, box):
+    """Mean light in the middle of a box of a tile that was drawn on plain grey."""
+    pixels = np.asarray(tile.image, np.float32)
+    y, x = ((box[i] + box[i + 1]) / 2 * pixels.shape[k] / found.grid[k] for i, k in ((2, 0), (4, 1)))
+    return pixels[int(y), int(x)].mean()
+
+
+def tiles_of(monkeypatch, *arguments, **options):
+    """The tiles that a picture is put together from, and the picture."""
+    seen = []
+    sheet = module._sheet
+    monkeypatch.setattr(module, "_sheet", lambda *a: seen.append(a) or sheet(*a))
+    image = draw_memory_map(*arguments, **options)
+    return seen[-1], image
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_brightness_is_the_share(streamed, monkeypatch, grid):
+    found = read_memory_map(streamed(grid)[1])
+    for layer, head in ((-1, -1), (1, -1), (2, 0)):
+        (title, tiles, legend), image = tiles_of(monkeypatch, found, layer=layer, head=head)
+        shares = found.shares(layer, head)
+        peak = shares[found.part == 1].max().item()
+        assert f"by {peak:.0%} of those chosen" in " ".join(text for text, _ in legend)
+        assert ("all 3 layers" if layer < 0 else f"layer {layer} of 3") in title
+        assert image.mode == "RGB" and image.width > 4 * len(grid)
+        stretches = (
+            found.boxes[shares > 0, :2].unique(dim=0).tolist()
+        )  # what the chosen ones hold nothing of is left out
+        assert len(tiles) == len(stretches)
+        for stretch, tile in zip(stretches, tiles):
+            for i in (found.boxes[:, :2] == torch.tensor(stretch)).all(1).nonzero().flatten().tolist():
+                part = int(found.part[i])
+                share = shares[i].item() / (peak if part == 1 else 1.0)
+                dark = module.DARKEST * module.PLAIN
+                bright = 0.65 * module.PLAIN + 0.35 * np.mean(module.COLOURS[part])
+                near = dark + share * (bright - dark)
+                assert light(tile, found, found.boxes[i].tolist()) == pytest.approx(near, abs=1.0)
+
+
+def test_tiles_show_their_own_frames(streamed, monkeypatch):
+    whole = sparse(block_tokens=12)  # blocks of all three frames
+    found = read_memory_map(streamed((4, 4), attention=whole)[1])
+    video = torch.arange(69).repeat(2, 1).T.reshape(69, 2, 1, 1).expand(69, 2, 2, 3) / 100.0
+    for frames in (video, (video * 255).round().byte().numpy(), (video * 255).round().byte()):
+        (_, tiles, _), _ = tiles_of(monkeypatch, found, frames)
+        assert tiles[0].text == "latent 0-2, video 0-8" and tiles[-1].text == "latent 15-17, video 57-68"
+        shown = np.asarray(tiles[-1].image, np.float32)[5, 5]
+        want = 0.65 * round(62 * 2.55) + 0.35 * np.asarray(
+            module.COLOURS[2]
+        )  # latent frame 16: video 61 to 64
+        assert np.abs(shown - want).max() <= 1.5
+    one = read_memory_map(streamed((4, 4), [1, 3, 3], attention=whole)[1])
+    (_, tiles, _), _ = tiles_of(monkeypatch, one, video)
+    assert tiles[0].text == "latent 0, video 0"
+
+
+def test_of_many_stretches_those_held_most_are_drawn(streamed, monkeypatch):
+    found = read_memory_map(streamed((4, 4), attention=sparse(block_tokens=12))[1])
+    assert len(found.boxes[:, :2].unique(dim=0)) > 3
+    monkeypatch.setattr(module, "MOST_TILES", 2)
+    (_, tiles, legend), _ = tiles_of(monkeypatch, found)
+    assert (
+        len(tiles) == 2 and tiles[0].text.startswith("latent 0-2") and tiles[-1].text.startswith("latent 15")
+    )
+    total = len(found.boxes[:, :2].unique(dim=0))
+    assert legend[-1][0] == f"2 of {total} stretches are drawn, those that are held most."
+
+
+def test_legend_names_only_what_is_there(streamed, monkeypatch):
+    saved = streamed((4, 4), [3], attention=sparse(block_tokens=12))[1]
+    (_, tiles, legend), _ = tiles_of(monkeypatch, read_memory_map(saved))
+    assert [part for _, part in legend] == [2] and len(tiles) == 1
+    saved = streamed()[1]
+    del saved["page_block"]
+    (_, _, legend), _ = tiles_of(monkeypatch, read_memory_map(saved))
+    assert [part for _, part in legend] == [0, 1, 2, None] and "is not recorded" in legend[-1][0]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_layers_and_heads_out_of_range_are_named(streamed):
+    found = read_memory_map(streamed()[1])
+    for options, message in (
+        ({"layer": 3}, "There is no layer 3: this memory has layers 0 to 2; -1 takes all"),
+        ({"head": 2}, "There is no head 2: this memory has heads 0 to 1; -1 takes all"),
+        ({"layer": -2}, "There is no layer -2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_memory_map(found, **options)
+
+
+def test_other_modes_are_refused_with_the_remedy(make_toy, make_video):
+    for mode in ("dense", "window"):
+        toy = make_toy((4, 4))
+        state = toy.state(AttentionConfig(mode=mode), 3, total_frames=6)
+        toy.run(state, make_video((4, 4), 6), [3, 3])
+        for source in (state, memory_snapshot(state)):
+            with pytest.raises(SessionError, match=f"of mode '{mode}'.*Set the mode to sparse in Apply"):
+                read_memory_map(source)
+
+
+def test_frames_of_another_video_are_refused(streamed):
+    found = read_memory_map(streamed()[1])
+    for shape in ((68, 4, 4, 3), (69, 4, 4, 4), (69, 4, 4)):
+        with pytest.raises(ValueError, match=r"are not this memory's video of 69 frames: give all of them"):
+            draw_memory_map(found, torch.zeros(shape))
+    draw_memory_map(found, torch.zeros(80, 4, 4, 3))  # a longer video begins with this one
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("table", lambda x: x.fill_(10**9)),
+        ("table", None),
+        ("page_frame", lambda x: x.fill_(-1)),
+        ("page_frame", lambda x: x + 1),
+        ("page_frame", lambda x: x + 100),
+        ("page_block", lambda x: x.fill_(-1)),
+        ("page_block", lambda x: x + 1000),
+        ("page_block", lambda x: x[:1]),
+        ("config.grid_height", lambda x: x * 10**6),
+        ("config.mode", lambda x: x + 9),
+        ("config.layers", lambda x: x + 1),
+        ("config.block_tokens", lambda x: x * 0),
+        ("config.batch", lambda x: x.expand(2)),
+        ("persistent", lambda x: x + 1000),
+        ("window", lambda x: x + 1),
+        ("frame", lambda x: x * 0),
+    ],
+)
+def test_damaged_snapshots_are_refused(streamed, name, value):
+    saved = streamed()[1]
+    if value is None:
+        del saved[name]
+    else:
+        saved[name] = value(saved[name].clone())
+    with pytest.raises(SessionError, match="damaged|does not fit this run"):
+        read_memory_map(saved)
