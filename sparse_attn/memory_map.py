@@ -3,10 +3,8 @@
 Every layer and head chooses for itself which blocks stay in persistent memory. The map says, for each block that any of
 them still holds, who does; the picture lays that over the video's frames.
 
-Of a page, a memory's tables tell the latent frame in which its block begins (`page_frame`). Which of the blocks that
-begin there it is, is known from the order of the tables for the sink and the window, which are held whole. For the rest
-of persistent memory it takes the table `page_block` [L, G, S] int32, the block's number in its chunk. A memory without
-it gives a map that is right frame by frame, each frame's blocks sharing evenly what is kept of it (`exact` is False).
+Of a page, a memory's tables tell the latent frame in which its block begins (`page_frame`) and the block's number in
+its chunk (`page_block`). The sink and the window are held whole.
 
 Shapes: L layers, B batch, H heads, G = B*H, S page slots, P persistent entries, N blocks of the map.
 """
@@ -41,7 +39,7 @@ class MemoryMap:
     grid: tokens (height, width) of a frame. places [N, 3] int64: latent frame in which a block begins, block row, block
     column. boxes [N, 6] int64: first and end frame, first and end row, first and end column, in latent frames and
     tokens, ends exclusive. part [N] int64, into PARTS: blocks of the sink count as window until they have left it.
-    held [L, B, H, N] float32: 1 where a layer's head holds the block, else 0; fractions where not `exact`.
+    held [L, B, H, N] float32: 1 where a layer's head holds the block, else 0.
     """
 
     grid: tuple[int, int]
@@ -50,7 +48,6 @@ class MemoryMap:
     boxes: Tensor
     part: Tensor
     held: Tensor
-    exact: bool
 
     def shares(self, layer: int = -1, head: int = -1) -> Tensor:
         """[N] float32: the share of the chosen layers and heads (-1: all) that holds each block. ValueError."""
@@ -80,11 +77,7 @@ def read_memory_map(source: StreamState | dict[str, Tensor]) -> MemoryMap:
     window = [chunk.frames for chunk in cache.window]
     behind = state.frame - sum(window)  # first latent frame of the window
     slots = tables["table"][..., : cache.persistent].cpu()
-    frames, numbers = (
-        tables[name].cpu().gather(2, slots).long() if name in tables else None
-        for name in ("page_frame", "page_block")
-    )
-    assert frames is not None
+    frames, numbers = (tables[name].cpu().gather(2, slots).long() for name in ("page_frame", "page_block"))
     if behind < 0 or not bool(((frames >= 0) & (frames < behind)).all()):
         raise _damaged()
     older = {_chunk_of(frame, behind, state.chunk_frames) for frame in frames.unique().tolist()}
@@ -93,7 +86,7 @@ def read_memory_map(source: StreamState | dict[str, Tensor]) -> MemoryMap:
     sink = frames[..., : cache.pinned].unique()
     part = torch.where(torch.isin(layout.places[:, 0], sink), 0, 1)
     part[layout.places[:, 0] >= behind] = 2
-    held = _spread(frames, layout) if numbers is None else _exact(frames, numbers, layout)
+    held = _held(frames, numbers, layout)
     held[..., part != 1] = 1.0
     return MemoryMap(
         state.grid,
@@ -102,7 +95,6 @@ def read_memory_map(source: StreamState | dict[str, Tensor]) -> MemoryMap:
         layout.boxes,
         part,
         held.unflatten(1, (state.batch, state.heads)),
-        numbers is not None,
     )
 
 
@@ -157,7 +149,7 @@ def _chunk_of(frame: int, behind: int, chunk_frames: int) -> tuple[int, int]:
     return frame - (frame - first) % chunk_frames, chunk_frames
 
 
-def _exact(frames_LGP: Tensor, numbers_LGP: Tensor, layout: _Layout) -> Tensor:
+def _held(frames_LGP: Tensor, numbers_LGP: Tensor, layout: _Layout) -> Tensor:
     """held [L, G, N] from each page's block number; the sink's and the window's blocks are the caller's."""
     distinct, which = frames_LGP.unique(return_inverse=True)
     starts = torch.tensor([_known(frame, layout) for frame in distinct.tolist()], dtype=torch.int64)
@@ -169,16 +161,6 @@ def _exact(frames_LGP: Tensor, numbers_LGP: Tensor, layout: _Layout) -> Tensor:
     if not bool((inside & (layout.places[index * inside, 0] == frames_LGP)).all()):
         raise _damaged()
     return held.scatter_(2, index, 1.0)
-
-
-def _spread(frames_LGP: Tensor, layout: _Layout) -> Tensor:
-    """held [L, G, N] where only the frames are known: every block that begins in a frame gets the same share of it."""
-    held = torch.zeros(*frames_LGP.shape[:2], len(layout.places))
-    for frame in frames_LGP.unique().tolist():
-        _known(frame, layout)
-        blocks = layout.places[:, 0] == frame
-        held[..., blocks] = ((frames_LGP == frame).sum(-1) / blocks.sum())[..., None]
-    return held
 
 
 def _known(frame: int, layout: _Layout) -> int:
@@ -220,10 +202,7 @@ def _shell(saved: dict[str, Tensor]) -> StreamState:
         raise
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise _damaged() from error
-    # a memory without page_block is one, too
-    check_memory(state, {"page_block": torch.zeros_like(saved["table"], dtype=torch.int32), **saved})
-    if "page_block" in saved and saved["page_block"].shape != saved["table"].shape:
-        raise _damaged()
+    check_memory(state, saved)
     state.cache.load_counters({name: saved[name].tolist() for name in state.cache.counters()})
     state.frame = int(saved["frame"])
     return state
@@ -346,10 +325,6 @@ def _legend(memory: MemoryMap, peak: float, drawn: int, total: int) -> list[tupl
     lines: list[tuple[str, int | None]] = [("sink: the first frames, kept by all", 0)]
     lines.append((f"persistent: dark, kept by none; bright, by {peak:.0%} of those chosen", 1))
     lines.append(("window: the newest frames, held by all", 2))
-    if not memory.exact:
-        lines.append(
-            ("Which blocks of a persistent frame are kept is not recorded: its share is shown.", None)
-        )
     if drawn < total:
         lines.append((f"{drawn} of {total} stretches are drawn, those that are held most.", None))
     return [(text, part) for text, part in lines if part is None or bool((memory.part == part).any())]
