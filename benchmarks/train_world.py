@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--parts", nargs="+", default=["vae", "dense", "window", "sparse"], help="of eval")
+    parser.add_argument("--parts", nargs="+", help="of eval: vae, dense, window, sparse")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="any field of the config")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -52,7 +52,7 @@ def main() -> None:
         m.train_dit(m.DitTraining(**overrides), args.out, args.device, resume=args.resume)
     else:
         m = importlib.import_module(f"{pack}.sparse_attn.training.world_eval")
-        m.report(args.out, args.clips, args.device, args.seed, args.parts)
+        m.report(args.out, args.clips, args.device, args.seed, args.parts or m.PARTS)
 
 
 if __name__ == "__main__":

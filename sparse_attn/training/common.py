@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..fast import new_pool, record
 from ..world.render import render
 from ..world.scene import Scene, sample_scene
 
@@ -58,14 +59,12 @@ class GraphedStep:
             for _ in range(3):
                 step(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = step(*self.inputs)
+        self.replay, self.loss = record(lambda: step(*self.inputs), new_pool())
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for ours, given in zip(self.inputs, inputs, strict=True):
             ours.copy_(given)
-        self.graph.replay()
+        self.replay()
         return self.loss.clone()
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -334,7 +335,13 @@ def train_dit(cfg: DitTraining, folder: Path, device: str, resume: bool = False)
     while (progress := budget.progress) < 1:
         set_lr(optims, lr_factor(step, progress, decay_from=cfg.decay_from))
         kind = draw_kind(cfg, long := resume or progress > cfg.long_from)
-        losses[kind].append(steps.clip(long) if kind == "clip" else steps.graphed(kind))
+        if kind == "opening":
+            loss = steps.opening()
+        elif kind == "stream":
+            loss = steps.stream()
+        else:
+            loss = steps.clip(long)
+        losses[kind].append(loss)
         torch._foreach_lerp_(averaged, current, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         step += 1
         if step % cfg.renew_every == 0:
@@ -366,7 +373,7 @@ class Steps:
     ):
         self.model, self.optims, self.cfg, self.device = model, optims, cfg, device
         self.bank, self.openings = bank, openings
-        self.graphs: dict[tuple[str, Positions], GraphedStep] = {}
+        self.graphs: dict[str, GraphedStep] = {}
 
     def clip(self, long: bool) -> Tensor:
         own = long and random.random() < self.cfg.own_share
@@ -374,27 +381,29 @@ class Steps:
         update(self.model, self.optims)
         return loss
 
-    def graphed(self, kind: str) -> Tensor:
-        """An opening, or whole clips on the sparse memory, where half of the clips count positions the rebased way."""
-        cfg, positions = self.cfg, random.choice(POSITIONS) if kind == "stream" else POSITIONS[0]
-        if kind == "opening":
-            x0, ids, _ = self.openings.draw(cfg.first_batch, 1, cfg.drop_prompt)
-        else:
-            x0, ids, _ = self.bank.draw(cfg.stream_batch, self.bank.chunks, cfg.drop_prompt)
+    def opening(self) -> Tensor:
+        x0, ids, _ = self.openings.draw(self.cfg.first_batch, 1, self.cfg.drop_prompt)
+        return self._graphed("opening", opening_step, x0, ids)
+
+    def stream(self) -> Tensor:
+        """Half of these steps count positions the rebased way."""
+        x0, ids, _ = self.bank.draw(self.cfg.stream_batch, self.bank.chunks, self.cfg.drop_prompt)
+        positions = random.choice(POSITIONS)
+        return self._graphed(positions, functools.partial(stream_step, positions=positions), x0, ids)
+
+    def _graphed(self, key: str, gradients: Callable[..., Tensor], x0: Tensor, ids: Tensor) -> Tensor:
+        """A step of gradients(model, x0, ids, cfg=...), replayed as the graph of that key where graphs are used."""
 
         def step(x0: Tensor, ids: Tensor) -> Tensor:
-            if kind == "opening":
-                loss = opening_step(self.model, x0, ids, cfg)
-            else:
-                loss = stream_step(self.model, x0, ids, positions, cfg)
+            loss = gradients(self.model, x0, ids, cfg=self.cfg)
             update(self.model, self.optims)
             return loss
 
-        if not (cfg.graphs and x0.is_cuda):
+        if not (self.cfg.graphs and x0.is_cuda):
             return step(x0, ids)
-        if (kind, positions) not in self.graphs:
-            self.graphs[kind, positions] = GraphedStep(step, x0, ids)
-        return self.graphs[kind, positions](x0, ids)
+        if key not in self.graphs:
+            self.graphs[key] = GraphedStep(step, x0, ids)
+        return self.graphs[key](x0, ids)
 
 
 def draw_kind(cfg: DitTraining, long: bool) -> str:
