@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(scope="module")
-def results(host, tmp_path_factory) -> dict[str, str]:
+def results(host, tmp_path_factory) -> dict[str, Any]:
     """Check -> "ok" or its traceback, from one process."""
     done = subprocess.run(
         [host.python, str(HERE / "host" / "run_checks.py"), str(host.path), str(ROOT)],
@@ -42,3 +43,7 @@ def test_host(check, results):
     if "world_model" in check and not WORLD_DIT.is_file():
         pytest.skip("this checkout lacks the world model's weights")
     assert results[check] == "ok", results[check]
+
+
+def test_loading_the_pack_brings_no_library_of_its_own_along(results):
+    assert results["new_libraries"] == []  # what a start of the host would have to wait for
