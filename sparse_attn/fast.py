@@ -179,12 +179,12 @@ class Kept:
 
 @dataclass
 class Graph:
-    """A captured pass: where it reads, how it is replayed, where it leaves its flow and the pages' importance."""
+    """A captured pass: where it reads, how it is replayed, where it leaves its flow and what each page got."""
 
     inputs: Inputs
     replay: Callable[[], None]
     flow: Tensor
-    importance: list[Tensor | None]
+    shares: list[Tensor | None]
 
 
 @dataclass
@@ -243,13 +243,13 @@ class FastPass:
         key = (kind, shapes, x_BCFHW.dtype, self._extent())
         kept = self._kept_of(inputs) if kind != EXACT else None
         if graph := self._graph_for(key, inputs, cross_kv, kept):
-            flow, importance = self._replay(graph, inputs, cross_kv), graph.importance
+            flow, shares = self._replay(graph, inputs, cross_kv), graph.shares
         else:
-            flow, importance = self._forward(inputs, cross_kv, kind, kept)
+            flow, shares = self._forward(inputs, cross_kv, kind, kept)
         if kind == FIRST:
             self._kept_in_chunk = self._chunk
         if isinstance(self.memory.cache, PagedKV):
-            self.memory.cache.importance = list(importance)
+            self.memory.cache.shares = list(shares)
         self.memory.wrote_all()
         return flow
 
@@ -304,9 +304,9 @@ class FastPass:
     def _forward(
         self, inputs: Inputs, cross_kv: CrossKV, kind: str, kept: Kept | None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """-> flow [B, C, F, H, W] in x's dtype, and each layer's importance (see `PagedKV`)."""
+        """-> flow [B, C, F, H, W] in x's dtype, and each layer's shares (see `PagedKV`)."""
         model, blocks, backend = self.model, self.prepared.blocks, self.backend
-        importance: list[Tensor | None] = [None] * len(blocks)
+        shares: list[Tensor | None] = [None] * len(blocks)
         with named_range("linear"):
             x = self._embed(inputs.x)
             e = model.time_embedding(timestep_embedding(inputs.timestep, model.freq_dim).to(model.dtype))
@@ -318,7 +318,7 @@ class FastPass:
             normal = fused.modulated_norm(x, *ends[0], backend=backend)
         for layer, block in enumerate(blocks):
             gates = mod[layer]
-            y, importance[layer] = self._attend(layer, block, normal, inputs, kind, kept)
+            y, shares[layer] = self._attend(layer, block, normal, inputs, kind, kept)
             with named_range("linear"):
                 y = block.o(y)
             with named_range("element-wise"):
@@ -341,7 +341,7 @@ class FastPass:
         flow = rearrange(
             patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height, w=width, p=PATCH, q=PATCH
         )
-        return flow.to(inputs.x.dtype), importance
+        return flow.to(inputs.x.dtype), shares
 
     def _embed(self, x_BCFHW: Tensor) -> Tensor:
         """The patch embedding as a product: a convolution without overlap is one."""
@@ -364,7 +364,7 @@ class FastPass:
     def _attend(
         self, layer: int, block: FastBlock, normal: Tensor, inputs: Inputs, kind: str, kept: Kept | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of the open chunk up to the output projection: [B, N, C], and the pages' importance."""
+        """Self-attention of the open chunk up to the output projection: [B, N, C], and what each page got."""
         cache, memory = self.memory.cache, self.memory
         with named_range("linear"):
             q, k, v = block.qkv(normal)
@@ -383,10 +383,10 @@ class FastPass:
                 *parts, rows, current, cache.k_pages[layer], cache.v_pages[layer], cache.pooled[layer],
                 backend=self.backend,
             )  # fmt: skip
-        out, importance = self._attend_pages(layer, cache, q_blocks, pooled_q, persistent, window, kind, kept)
+        out, shares = self._attend_pages(layer, cache, q_blocks, pooled_q, persistent, window, kind, kept)
         with named_range("element-wise"):
             tokens = fused.blocks_to_tokens(out, rows, memory.batch, normal.shape[1], backend=self.backend)
-        return tokens, importance
+        return tokens, shares
 
     def _attend_pages(
         self,
@@ -399,18 +399,18 @@ class FastPass:
         kind: str,
         kept: Kept | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """q blocks [G, NB, T, D] over the pages that the router names -> out like q blocks, importance."""
+        """q blocks [G, NB, T, D] over the pages that the router names -> out like q blocks, shares."""
         apart = kind != EXACT and self.options.reuse_persistent and persistent.shape[1] > 0
         always, local = (persistent[:, :0], window) if apart else (persistent, window)
         if self.options.persistent_in_topk:
             always, local = persistent[:, :0], torch.cat([persistent, window], dim=1)
-        lists, importance = None, None
+        lists, shares = None, None
         if kind == LATER and self.options.router_once:
             assert kept is not None
             lists = kept.lists[layer]
         if lists is None:
             with named_range("router"):
-                lists, importance = choose_blocks(
+                lists, shares = choose_blocks(
                     pooled_q, cache.pooled[layer], always, local, self._extent(), self.backend
                 )
             if kind == FIRST and self.options.router_once:
@@ -419,7 +419,7 @@ class FastPass:
         with named_range("attention"):
             out, lse = self._pbsa(layer, cache, q_blocks, lists)
             if not apart:
-                return out, importance if kind == EXACT else None
+                return out, shares if kind == EXACT else None
             assert kept is not None
             if kind == FIRST:
                 count = torch.full_like(persistent[:, :1], persistent.shape[1])
@@ -471,8 +471,8 @@ class FastPass:
         own, own_kv = inputs.clone(), self._own_prompt(cross_kv)
         if self.graphs.pool is None:
             self.graphs.pool = new_pool()
-        replay, (flow, importance) = record(lambda: self._forward(own, own_kv, kind, kept), self.graphs.pool)
-        return Graph(own, replay, flow, importance)
+        replay, (flow, shares) = record(lambda: self._forward(own, own_kv, kind, kept), self.graphs.pool)
+        return Graph(own, replay, flow, shares)
 
     def _replay(self, graph: Graph, inputs: Inputs, cross_kv: CrossKV) -> Tensor:
         self._own_prompt(cross_kv)

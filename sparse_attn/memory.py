@@ -66,8 +66,8 @@ class PagedKV:
             torch.zeros(table_shape, dtype=torch.int32, device=device) for _ in range(3)
         )
         self.table = torch.zeros(table_shape, dtype=torch.int64, device=device)
-        # of the open chunk's pages, each layer's latest: what the clean pass found decides
-        self.importance: list[Tensor | None] = [None] * layers
+        # what the open chunk's blocks gave each page, each layer's latest: what the clean pass found decides
+        self.shares: list[Tensor | None] = [None] * layers
         self._groups = torch.arange(groups, device=device)[:, None]
         self.reset()
 
@@ -122,7 +122,7 @@ class PagedKV:
     def end_chunk(self, frame: int) -> None:
         """Keep the open chunk, which starts at latent frame `frame`; if the window is now full, update P.
 
-        Reads `importance`: for each layer [G, NP + NW] float32, in the order persistent, window.
+        Reads `shares`: for each layer [G, NB, NP + NW] float32, in the order persistent, window.
         """
         frames, blocks = self.chunk.grid[0], self.chunk.num_blocks
         self.window.append(WindowChunk(frames, blocks))
@@ -176,7 +176,7 @@ class PagedKV:
         evicted = self.window.pop(0).blocks
         candidates = self.persistent + evicted
         kept = min(self.capacity, candidates)
-        score = torch.stack([layer[:, :candidates] for layer in self.importance if layer is not None])
+        score = torch.stack([layer[..., :candidates] for layer in self.shares if layer is not None]).sum(2)
         score[..., : self.pinned] = torch.inf
         ranking = score.sort(dim=-1, descending=True, stable=True).indices
         P, window = self.table.tensor_split([self.capacity], dim=-1)

@@ -215,7 +215,7 @@ class StreamState:
     def _attend_sparse(self, cache: PagedKV, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_blocks, k_blocks, v_blocks = (cache.chunk.pack(x) for x in (q, k, v))
         cache.write(layer, k_blocks.detach(), v_blocks.detach())
-        lists, cache.importance[layer] = choose_blocks(
+        lists, cache.shares[layer] = choose_blocks(
             pool_pages(q_blocks.detach(), cache.chunk_lens).float(),
             cache.pooled[layer],
             cache.persistent_slots[layer],

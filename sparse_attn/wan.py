@@ -49,11 +49,14 @@ class SelfAttention(nn.Module):
     def split(self, x_BNC: Tensor) -> Tensor:
         return rearrange(x_BNC, "b n (h d) -> b n h d", h=self.heads)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q and k, and v, [B, N, H, D]."""
         q = apply_rope(self.split(self.norm_q(self.q(x))), *rope)
         k = apply_rope(self.split(self.norm_k(self.k(x))), *rope)
-        out = attend(layer, q, k, self.split(self.v(x)))
-        return self.o(out.flatten(2))
+        return q, k, self.split(self.v(x))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        return self.o(attend(layer, *self.project(x, rope)).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -84,8 +87,16 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(self, x, e0_BF6C, rope, cross_kv, layer: int, attend: Attend) -> Tensor:
-        e = (self.modulation.to(e0_BF6C) + e0_BF6C).unbind(2)
+        e = self.adaln(e0_BF6C)
         y = self.self_attn(modulate(self.norm1(x), e[0], e[1]), rope, layer, attend)
+        return self.after_attention(x, y, e, cross_kv)
+
+    def adaln(self, e0_BF6C: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then of the feed-forward, [B, F, C] each."""
+        return (self.modulation.to(e0_BF6C) + e0_BF6C).unbind(2)
+
+    def after_attention(self, x: Tensor, y: Tensor, e: tuple[Tensor, ...], cross_kv) -> Tensor:
+        """The block's rest: x [B, N, C] its input, y what the self-attention adds, e of `adaln`."""
         x = x + gate(y, e[2])
         x = x + self.cross_attn(self.norm3(x), cross_kv)
         y = self.ffn(modulate(self.norm2(x), e[3], e[4]))

@@ -117,8 +117,8 @@ def route(
     int32 slots, all distinct within a group; k: local pages kept a row, clamped to NL. scale: default D ** -0.5.
 
     -> lists of all `always` and the row's k best `local` pages, slots ascending (of equal scores the earlier in `local`
-    wins), every cnt = NA + min(k, NL); importance [G, NA + NL] in the dtype of the pooled vectors: the sum over query
-    blocks of each row's softmax over `always` then `local`. No gradient flows through the choice.
+    wins), every cnt = NA + min(k, NL); shares [G, NQ, NA + NL] in the dtype of the pooled vectors: each row's softmax
+    over `always` then `local`, whose sum over query blocks is the importance of a page. No gradient flows through either.
     Raises like `pbsa_attention`.
     """
     _check_route(pooled_q, pooled_k, always, local, k)
@@ -130,11 +130,10 @@ def route(
             case "triton":
                 from . import triton
 
-                idx, importance = triton.route(pooled_q, pooled_k, always, local, keep, scale)
+                idx, cnt, shares = triton.route(pooled_q, pooled_k, always, local, keep, scale)
             case _:
-                idx, importance = reference.route(pooled_q, pooled_k, always, local, keep, scale)
-    cnt = torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device)
-    return BlockLists(idx, cnt), importance
+                idx, cnt, shares = reference.route(pooled_q, pooled_k, always, local, keep, scale)
+    return BlockLists(idx, cnt), shares
 
 
 def _check_attention(

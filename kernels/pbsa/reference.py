@@ -96,18 +96,22 @@ def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
 
 def route(
     pooled_q: Tensor, pooled_k: Tensor, always: Tensor, local: Tensor, keep: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, importance [G, NA + NL]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, cnt, shares [G, NQ, NA + NL]."""
     blocks, fixed = pooled_q.shape[1], always.shape[1]
     candidates = torch.cat([always, local], dim=1).long()
     keys = pooled_k.gather(1, candidates[..., None].expand(-1, -1, pooled_k.shape[2]))
     scores = torch.bmm(pooled_q * scale, keys.transpose(1, 2))  # [G,NQ,NC]
-    importance = scores.softmax(-1).sum(1)
     # a stable sort, because topk leaves the order of equal scores open
     best = scores[..., fixed:].sort(dim=-1, descending=True, stable=True).indices[..., :keep]
     slots = candidates[:, None].expand(-1, blocks, -1)
     kept = torch.cat([slots[..., :fixed], slots.gather(2, best + fixed)], dim=2)
-    return kept.sort(-1).values.to(torch.int32), importance
+    idx = kept.sort(-1).values.to(torch.int32)
+    return (
+        idx,
+        torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device),
+        scores.softmax(-1),
+    )
 
 
 def _computing_dtype(x: Tensor) -> torch.dtype:

@@ -34,23 +34,27 @@ from torch import Tensor, nn
 
 from ..config import AttentionConfig, Backend, Positions
 from ..rollout import upload
-from ..state import StreamState, sdpa
+from ..state import StreamState
 from ..vae import WanVAE
-from ..wan import Block, WanModel
+from ..wan import Block, WanModel, modulate
 from ..world.scene import to_prompt
 from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
 from .common import (
     BatchedMuon,
     Budget,
     GraphedStep,
+    backward_prompt,
     channels_last,
     log,
     lr_factor,
     mixed_precision,
+    prompt_leaves,
     render_batch,
     save_weights,
     set_lr,
+    shifted,
     training_scenes,
+    whole_attention,
 )
 
 SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)
@@ -180,11 +184,6 @@ def teacher_forcing_attention(chunks: int):
     return attend
 
 
-def whole_attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` of a chunk without history."""
-    return sdpa(q, k, v)
-
-
 class Trainee(nn.Module):
     """Backbone and text encoder, and the parallel forward over a whole clip."""
 
@@ -226,11 +225,6 @@ def mean_by_step(error: Tensor, step: Tensor) -> Tensor:
     return torch.stack([(error * (step == i)).sum() / (step == i).sum() for i in range(4)])
 
 
-def shifted(u: Tensor) -> Tensor:
-    """Uniform numbers to noise levels, warped towards noise by Wan's shift of 5."""
-    return 5 * u / (1 + 4 * u)
-
-
 def draw_sigma(batch: int, chunks: int, device) -> tuple[Tensor, Tensor]:
     """Noise levels [B, chunks] and the index of the sampler step they stand for (-1: in between)."""
     step = torch.randint(0, 4, (batch, chunks), device=device)
@@ -270,16 +264,28 @@ def self_inputs(model: Trainee, x0: Tensor, step: Tensor, first: int, cross_kv) 
 
 
 def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
-    """Compile one block's code for all blocks: the layer number, of no use here, would make a graph for each.
+    """Compile what stands before and after a block's attention, once for all blocks.
 
-    A memory's own `attend`, which reads lists and changes pages, stays as it is.
+    Attention stays as it is: on a memory it reads lists and changes pages, elsewhere it is one call anyway.
     """
-    run = torch.compile(lambda block, *args: Block.forward(block, *args), dynamic=False, backend=backend)
 
-    def forward(block, x, e0, rope, kv, layer, attend):
-        if isinstance(getattr(attend, "__self__", None), StreamState):
-            return Block.forward(block, x, e0, rope, kv, layer, attend)
-        return run(block, x, e0, rope, kv, 0, attend)
+    def before_attention(
+        block: Block, x: Tensor, e0: Tensor, rope
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        e = block.adaln(e0)
+        return e, block.self_attn.project(modulate(block.norm1(x), e[0], e[1]), rope)
+
+    def after_attention(block: Block, x: Tensor, out: Tensor, e: tuple[Tensor, ...], cross_kv) -> Tensor:
+        return block.after_attention(x, block.self_attn.o(out), e, cross_kv)
+
+    enter, leave = (
+        torch.compile(part, dynamic=False, backend=backend) for part in (before_attention, after_attention)
+    )
+
+    def forward(block: Block, x, e0, rope, cross_kv, layer: int, attend) -> Tensor:
+        x = x.contiguous()  # the first block's comes transposed, which would be compiled once more
+        e, qkv = enter(block, x, e0, rope)
+        return leave(block, x, attend(layer, *qkv).flatten(2), e, cross_kv)
 
     for block in dit.blocks:
         block.forward = functools.partial(forward, block)
@@ -508,8 +514,7 @@ def stream_step(model: Trainee, clip: Tensor, ids: Tensor, positions: Positions,
     memory = sparse_memory(model, clip, positions, cfg)
     with mixed_precision(device):
         cross_kv = model.dit.cross_kv(model.text(ids))
-    # A chunk's backward ends at the prompt's keys and values; theirs follows once, after the last chunk.
-    leaves = [tuple(t.detach().requires_grad_() for t in kv) for kv in cross_kv]
+    leaves = prompt_leaves(cross_kv)
     truthful = torch.rand(batch, 1, device=device) < 0.3
 
     def flow(x: Tensor, sigma: Tensor) -> Tensor:
@@ -548,7 +553,7 @@ def stream_step(model: Trainee, clip: Tensor, ids: Tensor, positions: Positions,
         if index > 0:
             errors.append(error.detach())
             steps.append(step[:, 0])
-    torch.autograd.backward([t for kv in cross_kv for t in kv], [t.grad for kv in leaves for t in kv])
+    backward_prompt(cross_kv, leaves)
     return mean_by_step(torch.cat(errors), torch.cat(steps))
 
 

@@ -235,16 +235,16 @@ def test_apart_is_the_same():
 
 def fake_record(run, pool):
     """Like `fast.record`: the result stays where it is, every replay computes it anew from the captured inputs."""
-    flow, importance = run()
+    flow, shares = run()
 
     def replay():
-        new_flow, new_importance = run()
+        new_flow, new_shares = run()
         flow.copy_(new_flow)
-        for mine, new in zip(importance, new_importance):
+        for mine, new in zip(shares, new_shares):
             if new is not None:
                 mine.copy_(new)
 
-    return replay, (flow, importance)
+    return replay, (flow, shares)
 
 
 @pytest.fixture

@@ -92,11 +92,12 @@ def test_update_is_top_c(chunk_frames, window, persistent, sink, data):
         pages.begin_chunk(frame, frames)
         names = write_names(pages, name)
         read = pages.persistent_slots.shape[-1] + pages.window_slots.shape[-1]
-        scores = torch.randint(0, 6, (LAYERS, GROUPS, read), generator=generator).float()  # with ties
-        pages.importance = list(scores)
+        # of two query blocks, with ties
+        shares = torch.randint(0, 4, (LAYERS, GROUPS, 2, read), generator=generator).float()
+        pages.shares = list(shares)
         for (layer, group), rule in rules.items():
             before = [*rule.names()[0], *rule.names()[1], *names]
-            importance = dict(zip(before, scores[layer, group].tolist(), strict=True))
+            importance = dict(zip(before, shares[layer, group].sum(0).tolist(), strict=True))
             rule.end_chunk(names, frame + frames - 1, importance)
         pages.end_chunk(frame)
         frame, name = frame + frames, name + len(names)
@@ -112,7 +113,7 @@ def run(pages, chunks, frames, seed=0):
         pages.begin_chunk(chunk * frames, frames)
         write_names(pages, 1 + chunk * pages.chunk.num_blocks)
         read = pages.persistent_slots.shape[-1] + pages.window_slots.shape[-1]
-        pages.importance = list(torch.rand(LAYERS, GROUPS, read, generator=generator))
+        pages.shares = list(torch.rand(LAYERS, GROUPS, 1, read, generator=generator))
         pages.end_chunk(chunk * frames)
 
 
@@ -158,7 +159,7 @@ def rebased_stream(pages, chunk_lengths):
         for layer in range(LAYERS):
             pages.write(layer, rotated, rotated)
         read = pages.persistent_slots.shape[-1] + pages.window_slots.shape[-1]
-        pages.importance = list(torch.rand(LAYERS, GROUPS, read, generator=generator))
+        pages.shares = list(torch.rand(LAYERS, GROUPS, 1, read, generator=generator))
         pages.end_chunk(frame)
         plain.append(keys)
         times.append(time)
@@ -209,7 +210,7 @@ def test_ten_thousand_chunks_rotate_a_page_a_bounded_number_of_times():
         1, window=3, persistent=2, sink=1, positions="rebased", layers=1, groups=1, head_dim=8, grid=(1, 1)
     )
     plain = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-    pages.importance = [torch.zeros(1, 5)]  # ties keep the older block: P is the first two frames
+    pages.shares = [torch.zeros(1, 1, 5)]  # ties keep the older block: P is the first two frames
     turned = [pages.geometry(1).pack(apply_rope(plain, *rope_table(t, 1, 1, 1, 8, "cpu"))) for t in range(3)]
     for frame in range(10_000):
         time = pages.begin_chunk(frame, 1)

@@ -146,6 +146,5 @@ def test_backward(arch, tokens):
 @pytest.mark.parametrize("arch", TARGETS)
 def test_router(arch):
     check(router.pool, arch, {"T": 64, "D": 128, "D_PAD": 128}, 4, 3)
-    check(router.place_candidates, arch, {"BLOCK": 256}, 4, 3)
     check(router.score, arch, {"D": 128} | router.SCORE_TILE, 4, 3)
     check(router.select, arch, {"SLOTS": 512}, router.warps_for(512), 3)

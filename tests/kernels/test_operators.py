@@ -64,9 +64,9 @@ def test_compiles_in_one_graph(backend):
         pytest.skip("compiled on the CPU")
 
     def chunk(q, k_pages, v_pages, pooled_k, page_len, slots):
-        lists, importance = route(q.detach().mean(2), pooled_k, slots[:, :1], slots[:, 1:], 1, backend=name)
+        lists, shares = route(q.detach().mean(2), pooled_k, slots[:, :1], slots[:, 1:], 1, backend=name)
         out, lse = pbsa_attention(q, k_pages, v_pages, page_len, lists, backend=name, padding="finite")
-        return (out.sum() + lse.sum()) * importance.sum()
+        return (out.sum() + lse.sum()) * shares.sum()
 
     p = small_problem()
     p.page_len.fill_(16)

@@ -108,7 +108,7 @@ def test_property_router(fixed, free, spare, data):
     k = data.draw(st.integers(0, free + 2))
     always, local = slots[:fixed], slots[fixed : fixed + free]
     keys = torch.tensor(values, dtype=torch.float32)[None, :, None]
-    lists, importance = route(
+    lists, shares = route(
         torch.ones(1, 1, 1),
         keys,
         torch.tensor([always], dtype=torch.int32),
@@ -118,8 +118,8 @@ def test_property_router(fixed, free, spare, data):
     best = {local[position] for position in route_literally([values[slot] for slot in local], k)}
     assert lists.idx[0, 0].tolist() == sorted(best | set(always))
     assert int(lists.cnt) == fixed + min(k, free)
-    shares = torch.tensor([values[slot] for slot in always + local], dtype=torch.float32).softmax(0)
-    torch.testing.assert_close(importance[0], shares)
+    weights = torch.tensor([values[slot] for slot in always + local], dtype=torch.float32).softmax(0)
+    torch.testing.assert_close(shares[0, 0], weights)
 
 
 def test_lists_of_the_router_feed_the_attention():
@@ -128,8 +128,8 @@ def test_lists_of_the_router_feed_the_attention():
     slots = torch.arange(6, dtype=torch.int32).expand(2, -1)
     pooled_q = pool_pages(problem.q, torch.full((2, 3), 16, dtype=torch.int32))
     pooled_k = pool_pages(problem.k_pages, problem.page_len)
-    lists, importance = route(pooled_q, pooled_k, slots[:, :2], slots[:, 2:], k=4)
-    torch.testing.assert_close(importance.sum(1), torch.full((2,), 3.0))  # each query block spends one
+    lists, shares = route(pooled_q, pooled_k, slots[:, :2], slots[:, 2:], k=4)
+    torch.testing.assert_close(shares.sum(2), torch.ones(2, 3))  # each query block spends one
     routed = pbsa_attention(problem.q, problem.k_pages, problem.v_pages, problem.page_len, lists)
     shared = BlockLists(slots[:, None].contiguous(), torch.full((2, 1), 6, dtype=torch.int32))
     dense = pbsa_attention(problem.q, problem.k_pages, problem.v_pages, problem.page_len, shared)

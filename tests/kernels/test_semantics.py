@@ -119,10 +119,10 @@ def test_router_chooses_what_the_reference_chooses(backend, slots, fixed, free, 
     always, local = order[:, :fixed], order[:, fixed : fixed + free]
     problem = (pooled_q, pooled_k, always, local)
     for k in (0, free // 2, free + 3):
-        expected, shares = route(*problem, k, scale=0.25, backend="reference")
-        lists, importance = route(*(x.to(device) for x in problem), k, scale=0.25, backend=name)
+        expected, want = route(*problem, k, scale=0.25, backend="reference")
+        lists, shares = route(*(x.to(device) for x in problem), k, scale=0.25, backend=name)
         assert torch.equal(lists.idx.cpu(), expected.idx) and torch.equal(lists.cnt.cpu(), expected.cnt)
-        torch.testing.assert_close(importance.cpu(), shares, rtol=0, atol=2e-6)
+        torch.testing.assert_close(shares.cpu(), want, rtol=0, atol=2e-6)
         assert lists.idx.dtype == lists.cnt.dtype == torch.int32
 
 

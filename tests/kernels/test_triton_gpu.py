@@ -156,10 +156,10 @@ def test_router_at_full_size(slots):
     pooled_q, pooled_k = ((torch.randn(4, n, 128, generator=draw) * 0.7).round() for n in (30, slots))
     order = torch.rand(4, slots, generator=draw).argsort(-1).to(torch.int32)
     problem = (pooled_q, pooled_k, order[:, :fixed], order[:, fixed : fixed + free])
-    expected, shares = route(*problem, free // 4, scale=2**-4, backend="reference")
-    lists, importance = route(*(x.cuda() for x in problem), free // 4, scale=2**-4, backend="triton")
+    expected, want = route(*problem, free // 4, scale=2**-4, backend="reference")
+    lists, shares = route(*(x.cuda() for x in problem), free // 4, scale=2**-4, backend="triton")
     assert torch.equal(lists.idx.cpu(), expected.idx)
-    torch.testing.assert_close(importance.cpu(), shares, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shares.cpu(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_auto_takes_triton_here():

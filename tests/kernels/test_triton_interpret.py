@@ -85,8 +85,8 @@ def test_every_element_of_the_attention_is_written(poisoned_empty, shared):
 def test_every_element_of_the_router_is_written(poisoned_empty):
     slots = torch.randperm(9, generator=torch.Generator().manual_seed(0)).to(torch.int32).expand(2, -1)
     pooled_q, pooled_k = torch.randn(2, 3, 64), torch.randn(2, 9, 64)
-    lists, importance = route(pooled_q, pooled_k, slots[:, :3], slots[:, 3:], 4, backend="triton")
-    assert poisoned_empty and importance.isfinite().all()
+    lists, shares = route(pooled_q, pooled_k, slots[:, :3], slots[:, 3:], 4, backend="triton")
+    assert poisoned_empty and shares.isfinite().all()
     assert (lists.idx >= 0).all() and (lists.idx < 9).all() and (lists.idx.diff(dim=-1) > 0).all()
 
 

@@ -50,7 +50,8 @@ def _attention_backward_shapes(
 def _route_shapes(pooled_q, pooled_k, always, local, keep, scale):
     groups, blocks, _ = pooled_q.shape
     idx = always.new_empty((groups, blocks, always.shape[1] + keep))
-    return idx, pooled_q.new_empty((groups, always.shape[1] + local.shape[1]))
+    shares = pooled_q.new_empty((groups, blocks, always.shape[1] + local.shape[1]))
+    return idx, always.new_empty((groups, blocks)), shares
 
 
 def _pool_shapes(pages, page_len):
@@ -74,7 +75,8 @@ _ATTENTION_BACKWARD = _register(
 )
 _ROUTE = _register(
     "pbsa_route",
-    "(Tensor pooled_q, Tensor pooled_k, Tensor always, Tensor local, int keep, float scale) -> (Tensor, Tensor)",
+    "(Tensor pooled_q, Tensor pooled_k, Tensor always, Tensor local, int keep, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
     router.route,
     _route_shapes,
 )

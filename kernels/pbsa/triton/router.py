@@ -2,10 +2,11 @@
 
 It works in slot order, so that compacting the kept pages by a running count gives an ascending list without a sort;
 `position_of` says which candidate a slot holds. Top-K is a threshold on distinct keys (score, then earlier position),
-found bit by bit. Each row's softmax goes to memory and is summed there: without float atomics the sum is reproducible.
+found two bits at a time.
 
-Three small kernels instead of one: a program that scores 16 query blocks at once reads the pooled keys 16 times less
-often, and a row of scores fits one warp, whose sums need no barrier. Letters as in `api`.
+Two small kernels instead of one: a program that scores 16 query blocks at once reads the pooled keys 16 times less
+often, and a row of scores fits one warp, whose sums need no barrier. What each row's softmax gives a page is left for
+its reader to add up, once a chunk instead of in every pass. Letters as in `api`.
 """
 
 from __future__ import annotations
@@ -22,29 +23,27 @@ SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 32}
 
 def route(
     pooled_q: Tensor, pooled_k: Tensor, always: Tensor, local: Tensor, keep: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, importance [G, NA + NL]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, cnt, shares [G, NQ, NA + NL]."""
     groups, blocks, dim = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
     device = pooled_q.device
     position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
     scores = torch.empty((groups, blocks, slots), dtype=torch.float32, device=device)
     idx = torch.empty((groups, blocks, fixed + keep), dtype=torch.int32, device=device)
+    cnt = torch.empty((groups, blocks), dtype=torch.int32, device=device)
     shares = torch.empty((groups, blocks, fixed + free), dtype=torch.float32, device=device)
     slots_pad = max(32, triton.next_power_of_2(slots))
     with torch.cuda.device_of(pooled_q):
-        place_candidates[(groups,)](
-            always.contiguous(), local.contiguous(), position_of, slots, fixed, free, BLOCK=256, num_warps=4
-        )
-        score[(triton.cdiv(blocks, 16), triton.cdiv(slots, 64), groups)](
-            pooled_q.contiguous(), pooled_k.contiguous(), scores, blocks, slots, scale,
-            D=dim, **SCORE_TILE, num_warps=4,
+        score[(triton.cdiv(blocks, SCORE_TILE["ROWS"]), triton.cdiv(slots, SCORE_TILE["SLOTS"]), groups)](
+            pooled_q.contiguous(), pooled_k.contiguous(), always.contiguous(), local.contiguous(),
+            scores, position_of, blocks, slots, fixed, free, scale, D=dim, **SCORE_TILE, num_warps=4,
         )  # fmt: skip
         select[(blocks, groups)](
-            scores, position_of, idx, shares, slots, fixed + free, fixed, keep,
+            scores, position_of, idx, cnt, shares, slots, fixed + free, fixed, keep,
             SLOTS=slots_pad, num_warps=warps_for(slots_pad),
         )  # fmt: skip
-    return idx, shares.sum(1)
+    return idx, cnt, shares
 
 
 def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
@@ -81,31 +80,27 @@ def pool(
     tl.store(pooled + page * D + dims, mean, mask=dims < D)
 
 
-@triton.jit(do_not_specialize=["num_slots", "fixed", "free"])
-def place_candidates(always, local, position_of, num_slots, fixed, free, BLOCK: tl.constexpr):
-    """position_of [G, S]: the place of a slot in `always` followed by `local`, -1 where it is in neither."""
-    g = tl.program_id(0).to(tl.int64)
-    step = tl.arange(0, BLOCK)
-    for first in range(0, num_slots, BLOCK):
-        slot = first + step
-        tl.store(position_of + g * num_slots + slot, tl.full((BLOCK,), -1, tl.int32), mask=slot < num_slots)
-    tl.debug_barrier()  # all of a group's slots are blank before any is filled
-    for first in range(0, fixed, BLOCK):
-        at = first + step
-        slot = tl.load(always + g * fixed + at, mask=at < fixed, other=0)
-        tl.store(position_of + g * num_slots + slot, at, mask=at < fixed)
-    for first in range(0, free, BLOCK):
-        at = first + step
-        slot = tl.load(local + g * free + at, mask=at < free, other=0)
-        tl.store(position_of + g * num_slots + slot, fixed + at, mask=at < free)
+@triton.jit
+def _place(position, slots, candidates, count, first, STEP: tl.constexpr):
+    """position [SLOTS], with first + the place in `candidates` (`count` of them) of each slot that is among them."""
+    for begin in range(0, count, STEP):
+        at = begin + tl.arange(0, STEP)
+        candidate = tl.load(candidates + at, mask=at < count, other=-1)
+        here = tl.where(slots[:, None] == candidate[None, :], first + at[None, :], -1)
+        position = tl.maximum(position, tl.max(here, axis=1))
+    return position
 
 
-@triton.jit(do_not_specialize=["blocks", "num_slots"])
+@triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free"])
 def score(
-    pooled_q, pooled_k, scores, blocks, num_slots, scale,
+    pooled_q, pooled_k, always, local, scores, position_of, blocks, num_slots, fixed, free, scale,
     D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """scores [G, NQ, S] = scale * q k^T in full float32; slots that are no candidate are scored and not looked at."""
+    """scores [G, NQ, S] = scale * q k^T in full float32; slots that are no candidate are scored and not looked at.
+
+    position_of [G, S]: the place of a slot in `always` followed by `local`, -1 where it is in neither. The programs of
+    the first query blocks write it: a kernel of its own would take longer to start than to run.
+    """
     g = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
@@ -126,10 +121,17 @@ def score(
         acc = tl.dot(q * scale, tl.trans(k), acc, input_precision="ieee")
     keep = (rows < blocks)[:, None] & (slots < num_slots)[None, :]
     tl.store(scores + row[:, None] * num_slots + slots[None, :], acc, mask=keep)
+    if tl.program_id(0) == 0:
+        position = tl.full((SLOTS,), -1, tl.int32)
+        position = _place(position, slots, always + g * fixed, fixed, 0, STEP)
+        position = _place(position, slots, local + g * free, free, fixed, STEP)
+        tl.store(position_of + slot, position, mask=slots < num_slots)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_candidates", "fixed", "keep"])
-def select(scores, position_of, idx, shares, num_slots, num_candidates, fixed, keep, SLOTS: tl.constexpr):
+def select(
+    scores, position_of, idx, cnt, shares, num_slots, num_candidates, fixed, keep, SLOTS: tl.constexpr
+):
     """One row of scores -> its softmax over the candidates, and the slots it keeps."""
     g = tl.program_id(1).to(tl.int64)
     row = g * tl.num_programs(0) + tl.program_id(0)
@@ -148,3 +150,4 @@ def select(scores, position_of, idx, shares, num_slots, num_candidates, fixed, k
     kept = chosen | (listed & (position < fixed))
     rank = tl.cumsum(kept.to(tl.int32), axis=0) - 1
     tl.store(idx + row * (fixed + keep) + rank, slots, mask=kept)
+    tl.store(cnt + row, fixed + keep)
