@@ -118,7 +118,7 @@ def route(
 
     -> lists of all `always` and the row's k best `local` pages, slots ascending (of equal scores the earlier in `local`
     wins), every cnt = NA + min(k, NL); shares [G, NQ, NA + NL] in the dtype of the pooled vectors: each row's softmax
-    over `always` then `local`, whose sum over query blocks is the importance of a page. No gradient flows through either.
+    over `always` then `local`, whose sum over query blocks is a page's importance. No gradient flows through either.
     Raises like `pbsa_attention`.
     """
     _check_route(pooled_q, pooled_k, always, local, k)

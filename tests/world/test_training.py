@@ -78,6 +78,32 @@ def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_compiled_blocks_train_alike():
+    """Five graphs for all layers and kinds of steps: none for a layer, a memory or a pass of its own."""
+    torch.manual_seed(0)
+    cfg = DitTraining(dim=128, ffn_dim=128, heads=1, layers=3, guidance=0.5, topk=0.5)
+    model = Trainee(cfg)
+    torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)
+    clip = torch.randn(2, 16, 9, 4, 6)
+    ids = torch.stack([world_dit.padded([3, 4, 5]), world_dit.padded([6, 7])])
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        model.zero_grad()
+        opening_step(model, clip[:, :, :3], ids, cfg)
+        for positions in world_dit.POSITIONS:
+            stream_step(model, clip, ids, positions, cfg)
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    world_dit.compile_blocks(model.dit, backend="aot_eager")
+    for mine, expected in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
+
+
 def bank_of_noise(monkeypatch):
     """A bank of prompts whose clips are noise, 21 frames of 4 x 6 latent pixels."""
     monkeypatch.setattr(
