@@ -35,7 +35,8 @@ import time
 import traceback
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import pairwise
@@ -50,7 +51,7 @@ from torch import Tensor
 PACK = load_pack().__name__
 core = {
     name: import_module(f"{PACK}.sparse_attn.{name}")
-    for name in ("config", "fast", "pipeline", "rollout", "state", "vae", "wan")
+    for name in ("config", "fast", "pipeline", "rollout", "state", "tiny_vae", "vae", "wan")
 }
 AttentionConfig, SamplerConfig = core["config"].AttentionConfig, core["config"].SamplerConfig
 fast, stream, wan = core["fast"], core["rollout"].stream, core["wan"]
@@ -124,7 +125,7 @@ def main() -> None:
     add("--modes", nargs="+", help="default: sparse for world, else reference dense window sparse sparse@128")
     add("--steady", type=int, default=12, help="chunks measured after the memory has filled")
     add("--quick", action="store_true", help="fewer chunks, no decoding, no profile")
-    add("--decode", choices=("wan", "none"), default="wan")
+    add("--decode", choices=("wan", "tiny", "none"), default="wan")
     add("--topk", type=float, default=0.25, help="of mode sparse")
     add("--positions", choices=("absolute", "rebased"), default="absolute")
     add("--no-graphs", action="store_true")
@@ -201,7 +202,7 @@ class FullSize:
                 torch.cuda.empty_cache()
             say(mode, modes[mode])
             (self.args.out / "rollout.json").write_text(json.dumps(found, indent=1) + "\n")
-        if not self.args.quick and self.args.decode == "wan":
+        if not self.args.quick and self.args.decode != "none":
             self.measure_decode(modes)
         summary(modes)
         plot_split({mode: facts for mode, facts in modes.items() if "steady" in facts}, self.args.out)
@@ -332,33 +333,84 @@ class FullSize:
         return times | {"idle": max(0.0, p50 - sum(times.values()))}, longest_kernels(events)
 
     def measure_decode(self, modes: dict) -> None:
-        """The Wan VAE on one chunk after another, random weights; adds what it means for every mode."""
+        """Decoding one chunk after another by itself, and beside the making of the next one, with random weights."""
         size = self.size
         try:
             with torch.no_grad(), building(self.device, self.dtype):
-                vae = core["vae"].WanVAE(96 if self.args.model != "tiny" else 16)
-                decoder = vae.stream_decoder()
-                latent = torch.randn(1, 16, size.chunk, size.height // 8, size.width // 8)
-                times = []
-                for _ in range(4):
-                    began = time.perf_counter()
-                    decoder.push(latent)
-                    wait(self.device)
-                    times.append((time.perf_counter() - began) * 1000)
+                self.decoder = self.new_decoder()
+            latent = torch.randn(1, 16, size.chunk, size.height // 8, size.width // 8)
+            times = [self.decode(latent.to(self.device, self.dtype)) for _ in range(4)]
         except Exception as error:
             traceback.print_exc()
             self.found["decode"] = {"error": f"{type(error).__name__}: {str(error).strip()[:400]}"}
             return
         per_chunk = statistics.median(times[1:])
-        self.found["decode"] = {"decoder": "wan", "chunk_ms": per_chunk}
-        print(f"decode: {per_chunk:.0f} ms a chunk, one after the other with the backbone", flush=True)
-        for facts in modes.values():
-            if "steady" in facts:
-                facts["steady"]["fps_with_decode"] = (
-                    4 * size.chunk / (facts["steady"]["p50_ms"] + per_chunk) * 1000
-                )
-                if "split_ms" in facts:
-                    facts["split_ms"]["decode"] = per_chunk
+        self.found["decode"] = {"decoder": self.args.decode, "chunk_ms": per_chunk}
+        print(f"decode ({self.args.decode}): {per_chunk:.0f} ms a chunk by itself", flush=True)
+        for mode, facts in modes.items():
+            if "steady" not in facts:
+                continue
+            if "split_ms" in facts:
+                facts["split_ms"]["decode"] = per_chunk
+            facts["steady"]["fps_with_decode"] = (
+                4 * size.chunk / (facts["steady"]["p50_ms"] + per_chunk) * 1000
+            )
+            if mode != "reference":
+                facts["streamed"] = self.streamed(mode)
+                print(f"{mode}, decoded beside: {facts['streamed']}", flush=True)
+
+    def new_decoder(self):
+        if self.args.decode == "tiny":
+            return core["tiny_vae"].TinyDecoder().stream_decoder()
+        return core["vae"].WanVAE(96 if self.args.model != "tiny" else 16).stream_decoder()
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> float:
+        """Milliseconds until the frames of a chunk are bytes on the host."""
+        began = time.perf_counter()
+        video = self.decoder.push(latent)
+        ((video.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+        return (time.perf_counter() - began) * 1000
+
+    def streamed(self, mode: str) -> dict:
+        """Frames on the host while the next chunk is made: a thread with a CUDA stream of its own decodes."""
+        size, cuda = self.size, self.device.type == "cuda"
+        run, memory, _ = self.build(mode)
+        fill = 21 // size.chunk + 2
+        for _ in range(2):  # compiles and captures
+            self.roll(run, memory, fill)
+        aside = torch.cuda.Stream() if cuda else None
+        self.decoder.reset()
+
+        def decode_aside(latent: Tensor, ready) -> float:
+            with torch.cuda.stream(aside) if aside is not None else nullcontext():
+                if ready is not None:
+                    aside.wait_event(ready)
+                self.decode(latent)
+            return time.perf_counter()
+
+        @torch.no_grad()
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            return x - sigma * run(x, sigma, self.cross_kv).float()
+
+        memory.reset()
+        shown, began, waiting = [], time.perf_counter(), None
+        chunks = stream(
+            denoise, memory, self.sampler, shape=(1, 16, size.height // 8, size.width // 8),
+            total_frames=(fill + self.steady) * size.chunk, device=self.device,
+        )  # fmt: skip
+        with ThreadPoolExecutor(1) as thread:
+            for chunk in chunks:
+                if waiting is not None:
+                    shown.append(waiting.result())  # never more than one chunk behind
+                ready = torch.cuda.current_stream().record_event() if cuda else None
+                waiting = thread.submit(decode_aside, chunk.latent.to(self.device, self.dtype), ready)
+            shown.append(waiting.result())
+        steady = [1000 * (b - a) for a, b in pairwise(shown[fill - 1 :])]
+        p50 = statistics.median(steady)
+        return {
+            "chunk_ms": p50, "fps": 4 * size.chunk / p50 * 1000, "first_frame_s": shown[0] - began,
+        }  # fmt: skip
 
 
 def replace_graphs(prepared):

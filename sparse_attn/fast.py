@@ -233,12 +233,20 @@ class FastPass:
     @torch.inference_mode(False)  # what is kept for later passes must be writable in any mode
     @torch.no_grad()
     def __call__(self, x_BCFHW: Tensor, sigma: float, cross_kv: CrossKV) -> Tensor:
-        batch, _, frames, height, width = x_BCFHW.shape
+        timestep = torch.full(
+            (x_BCFHW.shape[0], x_BCFHW.shape[2]), 1000.0 * sigma, dtype=torch.float32, device=x_BCFHW.device
+        )
+        return self.at(x_BCFHW, timestep, cross_kv, sigma == 0)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def at(self, x_BCFHW: Tensor, timestep_BF: Tensor, cross_kv: CrossKV, clean: bool) -> Tensor:
+        """The pass at timesteps [B, F] float32 that the device already has; clean: whether they are 0."""
+        _, _, frames, height, width = x_BCFHW.shape
         self._open(x_BCFHW)
         cos, sin = self._rope_of(frames, height, width, x_BCFHW.device)
-        timestep = torch.full((batch, frames), 1000.0 * sigma, dtype=torch.float32, device=x_BCFHW.device)
-        inputs = Inputs(x_BCFHW, timestep, cos, sin, self._tables)
-        kind = self._kind(sigma)
+        inputs = Inputs(x_BCFHW, timestep_BF, cos, sin, self._tables)
+        kind = self._kind(clean)
         shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), cross_kv[0][0]))
         key = (kind, shapes, x_BCFHW.dtype, self._extent())
         kept = self._kept_of(inputs) if kind != EXACT else None
@@ -285,11 +293,11 @@ class FastPass:
             return len(cache.slots) + len(cache.current)
         return self.memory.attention.topk_after(self.memory.frame)
 
-    def _kind(self, sigma: float) -> str:
+    def _kind(self, clean: bool) -> str:
         """exact: on its own, as every pass is without the options that share work, and every clean pass is with them.
         first: also keeps what the chunk's later passes share. later: uses it."""
         shares = self.options.router_once or self.options.reuse_persistent
-        if not shares or sigma == 0 or not isinstance(self.memory.cache, PagedKV):
+        if not shares or clean or not isinstance(self.memory.cache, PagedKV):
             return EXACT
         return LATER if self._kept_in_chunk == self._chunk else FIRST
 

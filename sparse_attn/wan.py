@@ -11,6 +11,7 @@ D head dim, dim = heads * D.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -164,25 +165,28 @@ class WanModel(nn.Module):
         self.head = Head(dim, out_dim, ops)
 
     @classmethod
-    def from_state_dict(cls, sd: dict[str, Tensor], ops: Ops = nn) -> WanModel:
+    def from_state_dict(cls, sd: dict[str, Tensor], ops: Ops = nn, share: bool = False) -> WanModel:
         """Build the backbone a state dict belongs to (widths read from its shapes; head dim is Wan's 128) and load it.
 
+        share: the parameters are the given tensors themselves, for inference, instead of copies of them.
         Raises KeyError or RuntimeError where keys are missing or unexpected: loading is strict.
         """
         layers = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
         dim = sd["head.modulation"].shape[-1]
-        model = cls(
-            dim=dim,
-            ffn_dim=sd["blocks.0.ffn.0.weight"].shape[0],
-            num_heads=dim // 128,
-            num_layers=layers,
-            in_dim=sd["patch_embedding.weight"].shape[1],
-            out_dim=sd["head.head.weight"].shape[0] // PATCH**2,
-            text_dim=sd["text_embedding.0.weight"].shape[1],
-            freq_dim=sd["time_embedding.0.weight"].shape[1],
-            ops=ops,
-        )
-        model.load_state_dict(sd)
+        with torch.device("meta") if share else nullcontext():
+            model = cls(
+                dim=dim,
+                ffn_dim=sd["blocks.0.ffn.0.weight"].shape[0],
+                num_heads=dim // 128,
+                num_layers=layers,
+                in_dim=sd["patch_embedding.weight"].shape[1],
+                out_dim=sd["head.head.weight"].shape[0] // PATCH**2,
+                text_dim=sd["text_embedding.0.weight"].shape[1],
+                freq_dim=sd["time_embedding.0.weight"].shape[1],
+                ops=ops,
+            )
+        model.requires_grad_(not share)
+        model.load_state_dict(sd, assign=share)
         return model
 
     @property

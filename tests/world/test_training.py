@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.training import world_dit
 from sparse_forcing_pack.sparse_attn.training.common import BatchedMuon
 from sparse_forcing_pack.sparse_attn.training.world_dit import (
@@ -69,7 +70,7 @@ def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
         "window": lambda: clip_step(model, bank, cfg, False, False, "cpu"),
         "whole clip": lambda: clip_step(model, bank, cfg, True, False, "cpu"),
         "own context": lambda: clip_step(model, bank, cfg, True, True, "cpu"),
-        "stream": lambda: stream_step(model, *bank.draw(2, 7, 0.0)[:2], "absolute", cfg),
+        "stream": lambda: stream_step(model, *bank.draw(2, 7, 0.0)[:2], AttentionConfig(), cfg),
     }[step]()
     assert loss.shape == (() if "opening" in step else (4,))
     assert torch.nanmean(loss) > 0
@@ -92,7 +93,7 @@ def test_compiled_blocks_train_alike():
         model.zero_grad()
         opening_step(model, clip[:, :, :3], ids, cfg)
         for positions in world_dit.POSITIONS:
-            stream_step(model, clip, ids, positions, cfg)
+            stream_step(model, clip, ids, AttentionConfig(topk=cfg.topk, positions=positions), cfg)
         return [p.grad.clone() for p in model.parameters()]
 
     plain = gradients()
