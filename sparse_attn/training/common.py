@@ -1,4 +1,4 @@
-"""What both world-model trainings share: the clock, the learning-rate shape, checkpoints, and random scenes."""
+"""What the trainings share: the clock, the learning-rate shape, steps as graphs, the optimizer, and random scenes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..fast import new_pool, record
+from ..state import sdpa
 from ..world.render import render
-from ..world.scene import Scene, sample_scene
+from ..world.scene import PAN_HOLD, Scene, sample_scene
 
 log = logging.getLogger("sparse_forcing.training")
 
@@ -110,6 +112,30 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def shifted(u: Tensor) -> Tensor:
+    """Uniform numbers to noise levels, warped towards noise by Wan's shift of 5."""
+    return 5 * u / (1 + 4 * u)
+
+
+def whole_attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` of frames that all see each other and nothing else."""
+    return sdpa(q, k, v)
+
+
+CrossKV = list[tuple[Tensor, Tensor]]
+
+
+def prompt_leaves(cross_kv: CrossKV) -> CrossKV:
+    """Copies of a prompt's keys and values at which the backward of a chunk ends; theirs follows once, after the last
+    chunk, by `backward_prompt`."""
+    return [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in cross_kv]
+
+
+def backward_prompt(cross_kv: CrossKV, leaves: CrossKV) -> None:
+    """Send on to the weights what all chunks left in the `leaves`."""
+    torch.autograd.backward([t for kv in cross_kv for t in kv], [t.grad for kv in leaves for t in kv])
+
+
 def channels_last(model: nn.Module) -> nn.Module:
     """Lay the 3-D convolutions' weights out as cuDNN's 16-bit ones want them; give them inputs of that layout too."""
     for weight in model.parameters():
@@ -124,15 +150,21 @@ def mixed_precision(device):
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
-def training_scenes(rng: random.Random, count: int, pans: float = 0.0) -> list[Scene]:
-    """Scenes whose prompts are not held out; a share `pans` of them is drawn from those with a camera pan."""
+def training_scenes(
+    rng: random.Random, count: int, pans: float = 0.0, longest_hold: int = PAN_HOLD
+) -> list[Scene]:
+    """Scenes whose prompts are not held out; a share `pans` of them is drawn from those with a camera pan.
+
+    A pan's camera stays away for PAN_HOLD to `longest_hold` frames.
+    """
     scenes = []
     for _ in range(count):
         wanted = rng.random() < pans
         scene = sample_scene(rng, held_out=False)
         while wanted and not scene.pan:
             scene = sample_scene(rng, held_out=False)
-        scenes.append(scene)
+        hold = rng.randint(PAN_HOLD, longest_hold) if longest_hold > PAN_HOLD else PAN_HOLD
+        scenes.append(replace(scene, hold=hold))
     return scenes
 
 

@@ -37,7 +37,7 @@ from ..rollout import upload
 from ..state import StreamState
 from ..vae import WanVAE
 from ..wan import Block, WanModel, modulate
-from ..world.scene import to_prompt
+from ..world.scene import PAN_HOLD, to_prompt
 from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
 from .common import (
     BatchedMuon,
@@ -111,8 +111,18 @@ class DitTraining:
 class LatentBank:
     """Clips of the world as latents on the device: filled by rendering and encoding, then renewed clip by clip."""
 
-    def __init__(self, vae: WanVAE, size: int, device: str, seed: int, frames: int = FRAMES):
+    def __init__(
+        self,
+        vae: WanVAE,
+        size: int,
+        device: str,
+        seed: int,
+        frames: int = FRAMES,
+        pans: float = 0.0,
+        longest_hold: int = PAN_HOLD,
+    ):
         self.vae, self.size, self.device, self.frames = vae, size, device, frames
+        self.pans, self.longest_hold = pans, longest_hold
         self.rng = random.Random(seed)
         self.latents: Tensor | None = None  # [size, 16, F, h, w] bfloat16, made by the first `add`
         self.ids = torch.full((size, LONGEST), PAD)
@@ -126,7 +136,7 @@ class LatentBank:
     @torch.no_grad()
     def add(self, count: int) -> None:
         """Render and encode `count` clips; a full bank loses its oldest."""
-        scenes = training_scenes(self.rng, count)
+        scenes = training_scenes(self.rng, count, self.pans, self.longest_hold)
         with mixed_precision(self.device):
             video = render_batch(scenes, self.frames, self.device)
             fresh = self.vae.encode_whole(video.contiguous(memory_format=torch.channels_last_3d))
@@ -278,9 +288,8 @@ def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
     def after_attention(block: Block, x: Tensor, out: Tensor, e: tuple[Tensor, ...], cross_kv) -> Tensor:
         return block.after_attention(x, block.self_attn.o(out), e, cross_kv)
 
-    enter, leave = (
-        torch.compile(part, dynamic=False, backend=backend) for part in (before_attention, after_attention)
-    )
+    enter = torch.compile(before_attention, dynamic=False, backend=backend)
+    leave = torch.compile(after_attention, dynamic=False, backend=backend)
 
     def forward(block: Block, x, e0, rope, cross_kv, layer: int, attend) -> Tensor:
         x = x.contiguous()  # the first block's comes transposed, which would be compiled once more
@@ -379,7 +388,7 @@ class Steps:
     ):
         self.model, self.optims, self.cfg, self.device = model, optims, cfg, device
         self.bank, self.openings = bank, openings
-        self.graphs: dict[str, GraphedStep] = {}
+        self.graphs: dict[str | AttentionConfig, GraphedStep] = {}
 
     def clip(self, long: bool) -> Tensor:
         own = long and random.random() < self.cfg.own_share
@@ -391,13 +400,17 @@ class Steps:
         x0, ids, _ = self.openings.draw(self.cfg.first_batch, 1, self.cfg.drop_prompt)
         return self._graphed("opening", opening_step, x0, ids)
 
-    def stream(self) -> Tensor:
-        """Half of these steps count positions the rebased way."""
+    def stream(self, attention: AttentionConfig | None = None) -> Tensor:
+        """On a memory of that kind; without one on the sparse memory, half of the time with rebased positions."""
         x0, ids, _ = self.bank.draw(self.cfg.stream_batch, self.bank.chunks, self.cfg.drop_prompt)
-        positions = random.choice(POSITIONS)
-        return self._graphed(positions, functools.partial(stream_step, positions=positions), x0, ids)
+        if attention is None:
+            positions = random.choice(POSITIONS)
+            attention = AttentionConfig(topk=self.cfg.topk, positions=positions, backend=self.cfg.backend)
+        return self._graphed(attention, functools.partial(stream_step, attention=attention), x0, ids)
 
-    def _graphed(self, key: str, gradients: Callable[..., Tensor], x0: Tensor, ids: Tensor) -> Tensor:
+    def _graphed(
+        self, key: str | AttentionConfig, gradients: Callable[..., Tensor], x0: Tensor, ids: Tensor
+    ) -> Tensor:
         """A step of gradients(model, x0, ids, cfg=...), replayed as the graph of that key where graphs are used."""
 
         def step(x0: Tensor, ids: Tensor) -> Tensor:
@@ -425,9 +438,8 @@ def shorten(means: dict) -> str:
     return ", ".join(f"{k} {' '.join(f'{x:.4f}' for x in row)}" for k, row in rows.items())
 
 
-def sparse_memory(model: Trainee, clip: Tensor, positions: Positions, cfg: DitTraining) -> StreamState:
-    """An empty sparse memory for a batch like `clip` [B, 16, F, h, w]."""
-    attention = AttentionConfig(topk=cfg.topk, positions=positions, backend=cfg.backend)
+def empty_memory(model: Trainee, clip: Tensor, attention: AttentionConfig) -> StreamState:
+    """An empty memory for a batch like `clip` [B, 16, F, h, w]; not of mode "dense"."""
     widths = model.dit.num_layers, model.dit.num_heads, model.dit.head_dim
     memory = _memory(*widths, (clip.shape[3] // 2, clip.shape[4] // 2), len(clip), attention, clip.device)
     memory.reset()
@@ -503,15 +515,18 @@ def clip_step(
     return mean_by_step(error.detach()[:, 1:], step[:, 1:])
 
 
-def stream_step(model: Trainee, clip: Tensor, ids: Tensor, positions: Positions, cfg: DitTraining) -> Tensor:
-    """Gradients of whole clips on the sparse memory. Returns the mean flow loss per sampler step [4], opening left out.
+def stream_step(
+    model: Trainee, clip: Tensor, ids: Tensor, attention: AttentionConfig, cfg: DitTraining
+) -> Tensor:
+    """Gradients of whole clips on a memory as at generation. Returns the mean flow loss per sampler step [4], opening
+    left out.
 
     For about half of the clips a chunk's input is made from the model's estimate of the step before, and for most
     clips the memory is given the model's own chunks. The opening chunk and its memory stay the truth's: an estimate may
     show another layout.
     """
     batch, chunks, device = len(clip), clip.shape[2] // CHUNK, clip.device
-    memory = sparse_memory(model, clip, positions, cfg)
+    memory = empty_memory(model, clip, attention)
     with mixed_precision(device):
         cross_kv = model.dit.cross_kv(model.text(ids))
     leaves = prompt_leaves(cross_kv)

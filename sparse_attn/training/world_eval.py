@@ -9,20 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import AttentionConfig
 from ..pictures import contact_sheet, to_uint8
-from ..rollout import stream
-from ..state import StreamState
 from ..vae import WanVAE
-from ..wan import WanModel, frame_timesteps
+from ..wan import WanModel
 from ..world.checker import judge, summarise
-from ..world.model import SAMPLER
 from ..world.scene import Scene, sample_scene, to_prompt
-from ..world.text import WorldTextEncoder
 from .common import log, psnr, render_batch
+from .world_clips import load_folder, load_vae, sample
 
 LATENT_FRAMES = 21
 MODES = {
@@ -56,24 +52,9 @@ def verdicts(videos: list[Tensor], scenes: list[Scene], device: str) -> dict[str
 
 @torch.no_grad()
 def generate(dit: WanModel, vae: WanVAE, rows: Tensor, attention: AttentionConfig, seed: int) -> list[Tensor]:
-    """One clip per row of text, in one batch: uint8 [F, H, W, 3] each."""
-    batch, device = len(rows), rows.device
-    memory = StreamState(
-        layers=dit.num_layers, heads=dit.num_heads, head_dim=dit.head_dim, grid=(16, 16), chunk_frames=3,
-        attention=attention, batch=batch, total_frames=LATENT_FRAMES, dtype=dit.dtype, device=device,
-    )  # fmt: skip
-    cross_kv = dit.cross_kv(rows)
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        t = frame_timesteps(sigma, batch, x.shape[2], device)
-        return x.float() - sigma * dit(x, t, cross_kv, memory.attend, memory.t_start).float()
-
-    chunks = stream(
-        denoise, memory, SAMPLER, shape=(batch, 16, 32, 32), total_frames=LATENT_FRAMES, seed=seed,
-        device=device,
-    )  # fmt: skip
-    latent = torch.cat([c.latent for c in chunks], dim=2)
-    return [as_seen(vae.decode(z[None].to(device))) for z in latent]
+    """One clip per row of text, sampled in one batch: uint8 [F, H, W, 3] each."""
+    latents = sample(dit, rows, attention, LATENT_FRAMES, seed)
+    return [as_seen(vae.decode(z[None].to(rows.device))) for z in latents]
 
 
 @torch.no_grad()
@@ -87,7 +68,7 @@ def report(folder: Path, clips: int, device: str, seed: int, parts: Sequence[str
     found |= {"clips": clips, "seed": seed, "torch": torch.__version__, "device": device}
     if device != "cpu":
         found["device"] = torch.cuda.get_device_name()
-    vae = WanVAE.from_state_dict(load_file(folder / "world_vae.safetensors")).to(device).float().eval()
+    vae = load_vae(folder, device).eval()
     scenes = held_out_scenes(clips, seed)
     for part in parts:
         if part == "vae":
@@ -118,14 +99,11 @@ def _report_vae(vae: WanVAE, scenes: list[Scene], device: str) -> dict:
 def _report_mode(
     mode: str, folder: Path, vae: WanVAE, scenes: list[Scene], device: str, seed: int
 ) -> dict[str, float]:
-    dtype = torch.bfloat16 if device != "cpu" else torch.float32
-    dit = WanModel.from_state_dict(load_file(folder / "world_dit.safetensors")).to(device, dtype).eval()
-    text = WorldTextEncoder.from_state_dict(load_file(folder / "world_text.safetensors"))
-    text = text.to(device, dtype).eval()
-    rows = text.encode([to_prompt(s) for s in scenes])
+    model = load_folder(folder, device, vae)
+    rows = model.text.encode([to_prompt(s) for s in scenes])
     videos: list[Tensor] = []
     for i, part in enumerate(rows.split(16)):
-        videos += generate(dit, vae, part, MODES[mode], seed + i)
+        videos += generate(model.dit, vae, part, MODES[mode], seed + i)
     sheet = torch.cat([v[torch.linspace(0, len(v) - 1, 6).long()] for v in videos[:16]])
     contact_sheet(sheet.numpy(), count=len(sheet), columns=6, width=128).save(folder / f"sheet_{mode}.png")
     return verdicts(videos, scenes, device)

@@ -1,0 +1,102 @@
+"""What training with the sparse memory buys, on the world model: accuracy, drift, motion, flicker and recall over time.
+
+    python benchmarks/train_world.py variants --start build/world --out build/variants --minutes 9
+    python benchmarks/world_quality.py --variants build/variants --out output/quality
+    python benchmarks/world_quality.py --entry mine=build/world:sparse renderer --prompts 8 --seeds 1 --horizons 5 20
+
+Entries are NAME=FOLDER:MODE; the folder holds world_dit and world_text (and world_vae, or --vae names the folder that
+does). `renderer` and `vae` are the renderer's own frames, as they are and through the VAE: the best that can be scored.
+--variants names the folder of `train_world.py variants` and measures what is there. Measured numbers are kept in
+OUT/clips.csv; an entry that is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+from pathlib import Path
+
+import torch
+from _root import load_pack
+
+PACK = load_pack().__name__
+quality, report, variants, clips = (
+    importlib.import_module(f"{PACK}.sparse_attn.training.{name}")
+    for name in ("world_quality", "quality_report", "world_variants", "world_clips")
+)
+WEIGHTS = importlib.import_module(f"{PACK}.sparse_attn.world.model").WEIGHTS
+
+
+def parse_entry(text: str) -> tuple[str, Path | None, str]:
+    """Name, folder and mode of an entry; the renderer's have neither folder nor mode."""
+    if text in ("renderer", "vae"):
+        return text, None, ""
+    name, found, rest = text.partition("=")
+    folder, colon, mode = rest.rpartition(":")
+    if not (found and colon and name and folder) or mode not in variants.MODES:
+        raise ValueError(
+            f"entry {text!r} is not NAME=FOLDER:MODE with one of the modes {', '.join(variants.MODES)}, "
+            "nor renderer, nor vae."
+        )
+    return name, Path(folder), mode
+
+
+def entries_of(args: argparse.Namespace) -> list[tuple[str, Path | None, str]]:
+    entries = [parse_entry(text) for text in args.entry]
+    if args.variants:
+        trained = ((name, mode, args.variants / weights) for name, mode, weights in variants.ENTRIES)
+        entries += [
+            (name, folder, mode) for name, mode, folder in trained if (folder / "done.json").is_file()
+        ]
+    if not entries:
+        raise ValueError(
+            "nothing to measure: give --entry NAME=FOLDER:MODE, or --variants with finished ones."
+        )
+    return entries
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--entry", nargs="*", default=[])
+    parser.add_argument("--variants", type=Path)
+    parser.add_argument("--vae", type=Path, help="folder of world_vae; default: the pack's own weights")
+    parser.add_argument("--out", type=Path, default=Path("output/quality"))
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--horizons", type=int, nargs="+", default=[5, 20, 60])
+    parser.add_argument("--absences", type=int, nargs="+", default=[2, 5, 15])
+    parser.add_argument("--recalls", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--against", default="dense-21", help="the variant that differences are taken to")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    plan = quality.Measuring(
+        args.prompts, args.seeds, tuple(args.horizons), tuple(args.absences), args.recalls, args.batch
+    )
+    plan.validate()
+    entries = entries_of(args)
+    vae = clips.load_vae(args.vae or WEIGHTS, args.device)
+    if args.device == "cuda":
+        importlib.import_module(f"{PACK}.sparse_attn.training.common").channels_last(vae)
+    rows = report.read_rows(args.out / "clips.csv")
+    for name, folder, mode in entries:
+        if any(row.name == name for row in rows):
+            print(f"{name}: measured before")
+            continue
+        if folder is None:
+            source = quality.RenderedSource(args.device, vae if name == "vae" else None)
+        else:
+            model = clips.load_folder(folder, args.device, vae)
+            source = quality.ModelSource(model, variants.MODES[mode], args.device)
+        rows += quality.measure(name, source, plan)
+        report.write_rows(args.out / "clips.csv", rows)
+    report.write_report(args.out, rows, args.against)
+    print((args.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
