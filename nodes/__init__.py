@@ -14,9 +14,12 @@ class SparseForcingExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .apply import SparseForcingApply
+        from .benchmark import SparseForcingBenchmark
+        from .estimate import SparseForcingEstimate
         from .live import add_routes
         from .loaders import SparseForcingModelLoader, SparseForcingWorldModel
         from .memory_map import SparseForcingMemoryMap
+        from .preset import SparseForcingPreset
         from .prompt_timeline import SparseForcingPromptTimeline
         from .sampler import SparseForcingSampler
         from .session_nodes import LoadSparseForcingSession, SaveSparseForcingSession
@@ -27,10 +30,13 @@ class SparseForcingExtension(ComfyExtension):
             SparseForcingModelLoader,
             SparseForcingWorldModel,
             SparseForcingApply,
+            SparseForcingPreset,
             SparseForcingSampler,
             SparseForcingStreamVideo,
             SparseForcingPromptTimeline,
             SaveSparseForcingSession,
             LoadSparseForcingSession,
             SparseForcingMemoryMap,
+            SparseForcingEstimate,
+            SparseForcingBenchmark,
         ]
