@@ -11,7 +11,6 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy_api.latest import io
 from torch import Tensor
 
 from ..sparse_attn.session import (
@@ -23,7 +22,9 @@ from ..sparse_attn.session import (
     restore_memory,
     save_session,
 )
+from .host import inference_dtype, io
 from .session import ATTENTION, SamplingRun
+from .vae_stream import is_tiny
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
@@ -31,6 +32,7 @@ SESSION = io.Custom("SPARSE_FORCING_SESSION")
 
 MODEL_MARKS = ("patch_embedding.bias", "blocks.0.modulation", "head.modulation")
 VAE_MARKS = ("conv2.bias", "decoder.conv1.bias", "decoder.head.0.gamma")
+TINY_VAE_MARKS = ("decoder.1.bias", "decoder.3.conv.0.bias", "decoder.22.bias")
 
 
 def in_output(name: str) -> Path:
@@ -72,7 +74,7 @@ def identity_of(
     network = model.get_model_object("diffusion_model")
     return {
         "model": fingerprint(network, MODEL_MARKS),
-        "vae": fingerprint(vae.first_stage_model, VAE_MARKS),
+        "vae": fingerprint(vae.first_stage_model, TINY_VAE_MARKS if is_tiny(vae) else VAE_MARKS),
         "width": shape[4] * 8,
         "height": shape[3] * 8,
         "chunk_frames": chunk_frames,
@@ -105,7 +107,7 @@ def check_session(
             f"{', '.join(sorted(wanted))}: use as many prompts as it was made with."
         )
     run = SamplingRun(model.model_options["transformer_options"][ATTENTION], chunk, total)
-    network, dtype = model.get_model_object("diffusion_model"), model.model.get_dtype_inference()
+    network, dtype = model.get_model_object("diffusion_model"), inference_dtype(model.model)
     state = run.new_state(network, torch.Size(shape), shape[0], dtype, "meta")
     for saved in session.memory.values():
         check_memory(state, saved)

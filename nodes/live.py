@@ -83,7 +83,7 @@ class LiveRun:
     def show_chunk(self, frames: np.ndarray, **facts: Any) -> None:
         """Send a chunk's frames [n, H, W, 3] uint8, smaller and fewer, and its numbers.
 
-        facts: `done` and `total` chunks, `cache_bytes`, and what else the page shows.
+        facts: `done` and `total` chunks, `cache_bytes`, and what else the page or another client wants to know.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -157,7 +157,8 @@ class LiveRun:
             return []
 
 
-RUNS: dict[tuple[str, str], LiveRun] = {}  # those in progress, by prompt and node
+# Those in progress, by prompt and node. In a server, `add_routes` makes it one table for all copies of the pack.
+RUNS: dict[tuple[str, str], LiveRun] = {}
 
 
 @contextmanager
@@ -207,15 +208,21 @@ class Refused(Exception):
 
 
 def add_routes() -> None:
-    """Register the routes with the host's server, if there is one; a second copy of the pack leaves the first's."""
+    """Register the routes with the host's server, if there is one.
+
+    A second copy of the pack, whose nodes take the place of the first's, leaves the first's routes, which find its
+    runs as well.
+    """
+    global RUNS
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
+    RUNS = vars(server).setdefault("sparse_forcing_runs", RUNS)
     if any(getattr(route, "path", None) == STOP for route in server.routes):
         logger.warning(
-            "Sparse Forcing is installed twice. Stop and live prompts work for the first copy only: remove one."
+            "Sparse Forcing is installed twice, and only one copy's nodes are used: remove one of the folders."
         )
         return
     server.routes.post(STOP)(_answering(stop))

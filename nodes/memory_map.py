@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from comfy_api.latest import io
 from torch import Tensor
 
 from ..sparse_attn.memory_map import draw_memory_map, read_memory_map
 from ..sparse_attn.session import Session
+from .host import io
 from .keeping import SESSION
 from .stream_video import SparseForcingStreamVideo
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import ui
 
 from ..sparse_attn.session import SUFFIX, Session, load_session, save_session
+from .host import io
 from .keeping import SESSION, in_output, list_sessions
 from .stream_video import SparseForcingStreamVideo
 
@@ -54,7 +55,13 @@ class SaveSparseForcingSession(io.ComfyNode):
             filename_prefix, folder_paths.get_output_directory()
         )
         path = Path(folder, f"{name}_{counter:05}_{SUFFIX}")
-        save_session(session, path)
+        try:
+            save_session(session, path)
+        except OSError as error:
+            raise OSError(
+                f"The session could not be saved to {path}: {error.strerror or error}. "
+                "Make room, or choose another filename_prefix, and queue again: the video is not made anew."
+            ) from error
         return io.NodeOutput(session, ui=ui.PreviewText(f"{path}\n{describe(session)}"))
 
 

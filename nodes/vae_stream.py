@@ -1,4 +1,4 @@
-"""Decode latents as they are made, through the decoder of ComfyUI's own Wan 2.1 VAE."""
+"""Decode latents as they are made, through the decoder of ComfyUI's own Wan 2.1 VAE, or of a tiny one (TAEHV)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..sparse_attn.session import check_decoder
+from ..sparse_attn.tiny_vae import SURPLUS, run_as_stream
+from .host import tiny_vae
 
 LATENT_CHANNELS = 16
 WAITING = "waiting"
@@ -18,13 +20,54 @@ MARK = "Rep"  # the host's, in its cache: an upsampler that has seen the first f
 def require_wan_vae(vae: Any) -> None:
     """Raise ValueError unless VAE is Wan 2.1's (a smaller one of the same shape will do)."""
     module = getattr(vae, "first_stage_model", None)
-    known = isinstance(module, comfy.ldm.wan.vae.WanVAE) and vae.latent_channels == LATENT_CHANNELS
+    kinds = (comfy.ldm.wan.vae.WanVAE, *([tiny_vae.TAEHV] if tiny_vae else []))
+    known = isinstance(module, kinds) and vae.latent_channels == LATENT_CHANNELS
     if not known or getattr(vae, "conv_out_channels", 3) != 3:
         raise ValueError(
-            f"Stream Video needs the Wan 2.1 VAE ({LATENT_CHANNELS} latent channels), but this one is "
-            f"{type(module).__name__} with {getattr(vae, 'latent_channels', '?')}. "
-            "Connect Load World Model, or Load VAE with wan_2.1_vae.safetensors."
+            f"Stream Video needs the Wan 2.1 VAE ({LATENT_CHANNELS} latent channels) or a tiny one of its latents, but "
+            f"this one is {type(module).__name__} with {getattr(vae, 'latent_channels', '?')}. "
+            "Connect Load World Model, or Load VAE with wan_2.1_vae.safetensors or a taew2_1 or lighttaew2_1 file."
         )
+
+
+def stream_decoder(vae: Any) -> StreamDecoder | TinyStreamDecoder:
+    """What decodes a stream with this VAE; ValueError as `require_wan_vae`."""
+    require_wan_vae(vae)
+    return TinyStreamDecoder(vae) if is_tiny(vae) else StreamDecoder(vae)
+
+
+def is_tiny(vae: Any) -> bool:
+    """Whether a VAE that `require_wan_vae` lets pass is a tiny one."""
+    return not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE)
+
+
+class TinyStreamDecoder:
+    """As `StreamDecoder`, with a tiny VAE: far less work, softer pictures. Nothing waits in it."""
+
+    def __init__(self, vae: Any):
+        self.vae = vae
+        self._past: dict[str, Tensor] = {}
+
+    def push(self, latent: Tensor) -> Tensor:
+        """Raw latents [1, 16, F, h, w] -> frames [n, 8h, 8w, 3] float32 in 0..1 on the CPU."""
+        module = self.vae.first_stage_model
+        latent = module.process_in(latent.to(device=self.vae.device, dtype=self.vae.vae_dtype))
+        skip = 0 if self._past else SURPLUS
+        video = run_as_stream(module.decoder, latent.transpose(1, 2), self._past, tiny_vae.MemBlock)
+        return self.vae.process_output(video[0, skip:].float().cpu()).movedim(1, -1)
+
+    def flush(self) -> Tensor:
+        """Nothing is left at the end."""
+        return torch.empty(0, 0, 0, 3)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What is remembered between two pushes, by the layers' places."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._past.items()}
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Go on where `snapshot` was taken. Raises SessionError where it is not of such a VAE."""
+        check_decoder(saved, {str(place) for place in range(len(self.vae.first_stage_model.decoder))})
+        self._past = {name: value.to(self.vae.device, self.vae.vae_dtype) for name, value in saved.items()}
 
 
 class StreamDecoder:
@@ -36,7 +79,6 @@ class StreamDecoder:
     """
 
     def __init__(self, vae: Any):
-        require_wan_vae(vae)
         self.vae = vae
         # One cache slot for every causal convolution; a list longer than needed does no harm.
         self._cache: list[Any] = [None] * sum(1 for _ in vae.first_stage_model.decoder.modules())
@@ -93,5 +135,7 @@ class StreamDecoder:
     def _decode(self, latent: Tensor) -> Tensor:
         module = self.vae.first_stage_model
         pieces = module.decoder(module.conv2(latent), feat_cache=self._cache, feat_idx=[0])
+        if isinstance(pieces, Tensor):  # as ComfyUI 0.3.64 gives them
+            pieces = [pieces]
         video = torch.cat([self.vae.process_output(piece.float().cpu()) for piece in pieces], dim=2)
         return video[0].movedim(0, -1)

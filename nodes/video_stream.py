@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import comfy.sampler_helpers
@@ -22,12 +22,13 @@ from ..sparse_attn.rollout import Chunk
 from ..sparse_attn.session import Session, memory_snapshot
 from ..sparse_attn.video import Mp4Writer
 from .hooks import patch_model
+from .host import inference_dtype
 from .keeping import SessionKeeper, conditioning_key, in_output, memories_by_name, restore_run
 from .live import LiveRun
 from .prompt_timeline import PromptSwitcher
 from .session import ATTENTION, RUN, SamplingRun
 from .streaming import StreamSampler
-from .vae_stream import StreamDecoder
+from .vae_stream import stream_decoder
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
@@ -50,7 +51,7 @@ class VideoStream:
         self.model, self.vae, self.chunk_frames = model.clone(), vae, chunk_frames
         # Loaded together and kept together: decoding in between must not push the model out.
         self.model.set_additional_models("sparse_forcing_vae", [vae.patcher])
-        self.decoder = StreamDecoder(vae)
+        self.decoder = stream_decoder(vae)
         self.shape, self.latent = shape, _allocate(shape)
         self.made = 0  # latent frames that are finished
         self.session: Session | None = None  # to go on from
@@ -75,6 +76,7 @@ class VideoStream:
         switcher: PromptSwitcher,
     ) -> Tensor:
         """Generate into `writer`; returns the raw latent [1, 16, F, h, w] float32, shorter if `live` stopped it."""
+        writer.check()
         self.writer, self.progress = writer, comfy.utils.ProgressBar(1, node_id)
         self.guider, self.live, self.switcher, self.seed = guider, live, switcher, seed
         live.takes_prompts = switcher.clip is not None
@@ -89,6 +91,7 @@ class VideoStream:
             first_steps=first_steps,
             on_open=self._on_open,
             clean_last=self.keeper.active,
+            rereads=switcher.may_change or self.session is not None,
         )
         try:
             try:
@@ -106,6 +109,8 @@ class VideoStream:
         except BaseException:  # the host's interrupt is one, too
             self._tell_what_is_kept(node_id)
             raise
+        finally:
+            del self.switcher  # it knows this object; a cycle would keep the decoder's memory, too
         return self.latent[:, :, : self.made]
 
     def finished(self, start: int, stop: int) -> Tensor:
@@ -126,7 +131,7 @@ class VideoStream:
         """Before the first pass, with the models loaded: go on from the session, if there is one."""
         if self.session is None:
             return
-        restore_run(self.session, self.guider, run, base.diffusion_model, x, base.get_dtype_inference())
+        restore_run(self.session, self.guider, run, base.diffusion_model, x, inference_dtype(base))
         self._continue_video(self.session.facts["video"])
         self.live.start_behind(self.writer.frames, -(-self.made // self.chunk_frames))
         self.switcher.resume(self.made, self.session.facts["prompt_key"])
@@ -139,7 +144,7 @@ class VideoStream:
         except ValueError as error:
             logger.warning("The video of the session is decoded again, as %s cannot be gone on with: %s",
                            video["path"], error)  # fmt: skip
-            self.decoder = StreamDecoder(self.vae)
+            self.decoder = stream_decoder(self.vae)
             for part in self.latent[:, :, : self.made].split(self.chunk_frames, dim=2):
                 self._write(self.decoder.push(part))
 
@@ -147,7 +152,6 @@ class VideoStream:
         run = self.guider.model_options["transformer_options"][RUN]
         states = memories_by_name(self.guider, run)
         self.writer.sync()  # a session never knows of frames that the video could lose
-        path = os.path.relpath(self.writer.path, folder_paths.get_output_directory())
         return Session(
             identity=self.identity,
             frames=self.made,
@@ -159,7 +163,7 @@ class VideoStream:
                 "prompt": self.switcher.text,
                 "prompt_key": conditioning_key(self.switcher.conditioning),
                 "video": {
-                    "path": Path(path).as_posix(),
+                    "path": self._path_in_output().as_posix(),
                     "bytes": self.writer.bytes,
                     "frames": self.writer.frames,
                 },
@@ -170,7 +174,8 @@ class VideoStream:
         raw = self.model.model.process_latent_out(chunk.latent.float())
         self.latent[:, :, chunk.start_frame : chunk.start_frame + raw.shape[2]] = raw.cpu()
         self.made = chunk.start_frame + raw.shape[2]
-        frames = self._write(self.decoder.push(raw))
+        parts = raw.split(self.chunk_frames, dim=2)  # a given clip may be long
+        frames = np.concatenate([self._write(self.decoder.push(part)) for part in parts])
         done, stopping = -(-self.made // self.chunk_frames), self.live.stopping
         last = stopping or self.made == self.latent.shape[2]
         self.live.show_chunk(
@@ -179,7 +184,10 @@ class VideoStream:
             total=-(-self.latent.shape[2] // self.chunk_frames),
             cache_bytes=self._cache_bytes(),
             prompt=self.switcher.text,
+            video=self._growing_file(),
         )
+        if chunk.index < 0:  # given, not made: it does not count in what the page says of speed
+            self.live.start_behind(self.writer.frames, done)
         if problem := self.keeper.after_chunk(done, last, self._take_session):
             self.live.say(problem)
         if self.made == self.latent.shape[2]:
@@ -189,6 +197,15 @@ class VideoStream:
         typed = self.live.take_prompt()
         if self.switcher.next_chunk(self.made, typed) is None and typed is not None:
             self.live.say("The new prompt could not be read; the log says why.")
+
+    def _path_in_output(self) -> PurePath:
+        return PurePath(os.path.relpath(self.writer.path, folder_paths.get_output_directory()))
+
+    def _growing_file(self) -> dict[str, Any]:
+        """How the host's /view names the file, and the bytes of it that are a complete video."""
+        path = self._path_in_output()
+        subfolder = path.parent.as_posix() if path.parent.parts else ""
+        return {"filename": path.name, "subfolder": subfolder, "type": "output", "bytes": self.writer.bytes}
 
     def _cache_bytes(self) -> int:
         run = self.guider.model_options["transformer_options"][RUN]
@@ -231,4 +248,20 @@ def _allocate(shape: tuple[int, ...]) -> Tensor:
         "sparse_forcing_latent", folder_paths.get_temp_directory()
     )
     path = os.path.join(folder, f"{name}_{counter:05}_.bin")
+    _reserve(path, 4 * latent.numel())
     return torch.from_file(path, shared=True, size=latent.numel()).view(latent)
+
+
+def _reserve(path: str, size: int) -> None:
+    """Make a file that has `size` bytes on the disk. Were they not there, writing through the map would be fatal."""
+    if not hasattr(os, "posix_fallocate"):  # Windows and macOS have no such call
+        return
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        raise OSError(
+            f"The video's latent needs {size / 1e9:.1f} GB in {os.path.dirname(path)}: {error.strerror or error}. "
+            "Make room there, or make a shorter video."
+        ) from error

@@ -9,10 +9,12 @@ Shapes: F frames, H W pixels, B batch (one video a file, so 1).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import struct
+import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -42,7 +44,8 @@ class Mp4Writer:
 
     path: file to write, its folder is made. fps: frames a second. The first append fixes the size. Players need even
     sides in the usual 4:2:0 colour, so an odd side is extended by one repeated row or column.
-    Raises ValueError when a later append has another size, or after `close`.
+    Raises ValueError when a later append has another size, or after `close`; OSError, with a sentence, where the disk
+    takes no more: the file is then what it was before that append.
     """
 
     def __init__(self, path: str | Path, fps: int = 16):
@@ -51,15 +54,27 @@ class Mp4Writer:
         self.bytes = 0  # of all that was appended, a complete video
         self.closed = False
         self._size = (0, 0)  # height, width; fixed by the first append
-        self._header = b""
         self._fragments: list[tuple[int, int]] = []  # time stamp and offset of each, for the index at the end
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
 
     def __enter__(self) -> Mp4Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def check(self) -> None:
+        """Raise OSError, before any work, where no file can be made in the folder."""
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"No video can be written to {folder}: {error.strerror or error}. "
+                "Make it writable, or choose another folder."
+            ) from error
 
     def resume(self, source: str | Path, size: int, frames: int, height: int, width: int) -> None:
         """Begin with a copy of another writer's file, as it was when its `bytes` was `size` and `frames` were in it.
@@ -74,12 +89,10 @@ class Mp4Writer:
             raise ValueError(f"{source} cannot be read: {error.strerror or error}") from error
         with old:
             fragments = _fragment_places(old, size, header)
-            file = self._open()
             old.seek(0)
             for begin in range(0, size, COPY_BYTES):
-                file.write(old.read(min(COPY_BYTES, size - begin)))
-            file.flush()
-        self._size, self._header, self._fragments = (height, width), header, fragments
+                self._write(old.read(min(COPY_BYTES, size - begin)))
+        self._size, self._fragments = (height, width), fragments
         self.frames, self.bytes = frames, size
 
     def append(self, frames: Tensor | np.ndarray) -> None:
@@ -96,14 +109,12 @@ class Mp4Writer:
         if len(video) == 0:
             return
         header, fragments = self._encode(video)
-        file = self._file or self._open()
-        if not self._header:
-            file.write(header)
-            self._size, self._header, self.bytes = (height, width), header, len(header)
-        fragments = self._place(fragments)
-        file.write(fragments)
-        file.flush()
-        self.bytes += len(fragments)
+        begin = b"" if self.bytes else header
+        fragments, places = self._placed(fragments, self.bytes + len(begin), _ticks_a_second(header))
+        self._write(begin + fragments)
+        self._size = (height, width)
+        self._fragments += places
+        self.bytes += len(begin) + len(fragments)
         self.frames += len(video)
 
     def sync(self) -> None:
@@ -112,18 +123,38 @@ class Mp4Writer:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Finish the file. Nothing is written when nothing was appended."""
+        """Finish the file. Nothing is left when nothing was appended."""
         if self.closed:
             return
         self.closed = True
-        if self._file is not None:
-            with self._file:
-                self._file.write(_index(self._fragments))
+        if self._file is None:
+            return
+        with self._file:
+            if self.bytes:
+                try:
+                    self._write(_index(self._fragments))
+                except OSError as error:  # it plays without, only seeking is slower
+                    logger.warning("The index of the video is missing: %s", error)
+        if not self.bytes:
+            self.path.unlink(missing_ok=True)
 
-    def _open(self) -> BinaryIO:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "wb")  # noqa: SIM115 - `close` does
-        return self._file
+    def _write(self, data: bytes) -> None:
+        """Put `data` at the end of the file; where that fails, cut the file back to `bytes`. OSError."""
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 - `close` does
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._file.seek(self.bytes))
+            raise OSError(
+                f"{self.path} cannot be written: {error.strerror or error}. "
+                f"The {self.frames} frames before are kept. Make room, or choose another folder."
+            ) from error
 
     def _encode(self, video: np.ndarray) -> tuple[bytes, bytes]:
         """Frames [F, H, W, 3] as (header, fragments) of a video of their own."""
@@ -156,18 +187,20 @@ class Mp4Writer:
             parts.setdefault(group, []).append(data[at : at + size])
         return b"".join(parts[b"ftyp"] + parts[b"moov"]), b"".join(parts[b"fragments"])
 
-    def _place(self, fragments: bytes) -> bytes:
-        """The same fragments, numbered and timed to follow those in the file."""
-        placed = bytearray(fragments)
-        ticks = self.frames * _ticks_a_second(self._header) // self.fps
+    def _placed(
+        self, fragments: bytes, offset: int, ticks_a_second: int
+    ) -> tuple[bytes, list[tuple[int, int]]]:
+        """The same fragments, numbered and timed to follow those in the file, at `offset`; and their index entries."""
+        placed, places = bytearray(fragments), []
+        ticks = self.frames * ticks_a_second // self.fps
         for kind, at, size in _boxes(io.BytesIO(fragments), len(fragments)):
             if kind == b"moof":
                 number, time = _moof_fields(fragments, at, size)
                 (began,) = struct.unpack_from(">Q", placed, time)
-                self._fragments.append((began + ticks, self.bytes + at))
-                struct.pack_into(">I", placed, number, len(self._fragments))
+                places.append((began + ticks, offset + at))
+                struct.pack_into(">I", placed, number, len(self._fragments) + len(places))
                 struct.pack_into(">Q", placed, time, began + ticks)
-        return bytes(placed)
+        return bytes(placed), places
 
 
 # --- MP4 boxes: four bytes of length, four of name (ISO/IEC 14496-12) -----------------------------------------------

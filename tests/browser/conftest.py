@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-COMFY = Path(__file__).resolve().parents[1] / "comfy"
+ROOT = Path(__file__).resolve().parents[2]
+COMFY = ROOT / "tests" / "comfy"
+sys.path.insert(0, str(Path(__file__).parent))  # this folder's helper module, pages.py
+WORLD_DIT = ROOT / "sparse_attn" / "world" / "weights" / "world_dit.safetensors"
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -35,9 +38,8 @@ def _load(name: str):
     return module
 
 
-host = _load("conftest").host
-hosting = _load("test_server")
-server = hosting.server
+host = _load("conftest").host  # puts serving.py on the path, too
+server = _load("test_server").server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.browser)
-            if not hosting.WORLD_DIT.is_file():
+            if not WORLD_DIT.is_file():
                 item.add_marker(pytest.mark.skip(reason="this checkout lacks the world model's weights"))
 
 
@@ -62,3 +64,17 @@ def browser() -> Iterator:
         chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    from pages import Page, settings
+
+    settings(server)
+    tab = browser.new_page(viewport={"width": 720, "height": 900})
+    page = Page(tab, server)
+    page.open()
+    yield page
+    server.post("/interrupt", {})
+    tab.close()
+    assert not page.errors

@@ -2,108 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-from typing import Any
-
-import av
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-PICTURES = ROOT / "docs" / "images"  # written anew with PLAYER_PICTURES=1
-WANTED = bool(os.environ.get("PLAYER_PICTURES"))
-SIZE = (256, 256) if WANTED else (128, 96)  # the model's own size is slow on a CPU
-PATIENCE = 300_000 if WANTED else 120_000  # milliseconds
-LONG = 600.0  # seconds of video: longer than any test waits
-
-PLAYER = "document.querySelector('.sf-player')"
-READY = "window.app?.graph && window.app.extensionManager"
-
-
-class Page:
-    """A tab with the demo workflow in it."""
-
-    def __init__(self, tab: Any, server: Any):
-        self.tab, self.server = tab, server
-        self.errors: list[str] = []
-        tab.on("pageerror", lambda error: self.errors.append(str(error)))
-
-    def open(self) -> None:
-        self.tab.goto(self.server.url)
-        self.tab.wait_for_function(READY, timeout=PATIENCE)
-        self.tab.wait_for_timeout(1000)
-
-    def load(self, workflow: dict) -> None:
-        self.tab.evaluate("workflow => app.loadGraphData(workflow)", workflow)
-        self.tab.wait_for_selector(".sf-player", timeout=PATIENCE)
-
-    def queue(self) -> None:
-        self.tab.evaluate("() => app.queuePrompt(0, 1)")
-
-    def saved(self) -> dict:
-        return self.tab.evaluate("() => app.graph.serialize()")
-
-    def prompt(self) -> dict:
-        return self.tab.evaluate("async () => (await app.graphToPrompt()).output")
-
-    def player(self, what: str) -> Any:
-        return self.tab.evaluate(f"() => {PLAYER}.{what}")
-
-    def wait(self, condition: str) -> None:
-        self.tab.wait_for_function(
-            f"() => {{ const p = {PLAYER}; return p && {condition}; }}", timeout=PATIENCE
-        )
-
-    def state(self, name: str) -> None:
-        self.wait(f"p.dataset.state === '{name}'")
-
-    def frames(self, count: int) -> None:
-        self.wait(f"Number(p.dataset.frames) >= {count}")
-
-    def button(self, name: str) -> Any:
-        return self.tab.locator(".sf-player").get_by_role("button", name=name)
-
-    def press(self, key: str) -> None:
-        self.tab.locator(".sf-player").press(key)
-
-
-def workflow(seed: int, seconds: float = LONG, prompts: str = "") -> dict:
-    """The demo, small; with `prompts` a Prompt Timeline of them in place of its prompt."""
-    graph = json.loads((ROOT / "workflows" / "world_model_demo.json").read_text(encoding="utf-8"))
-    nodes = {node["type"]: node for node in graph["nodes"]}
-    nodes["SparseForcingStreamVideo"]["widgets_values"][:4] = [*SIZE, seconds, seed]
-    if prompts:
-        nodes["CLIPTextEncode"]["type"] = "SparseForcingPromptTimeline"
-        nodes["CLIPTextEncode"]["properties"] = {"Node name for S&R": "SparseForcingPromptTimeline"}
-        nodes["CLIPTextEncode"]["widgets_values"] = [prompts]
-    graph["extra"]["ds"] = {"scale": 1, "offset": [-720, 0]}
-    return graph
-
-
-@pytest.fixture
-def page(browser, server):
-    settings(server)
-    tab = browser.new_page(viewport={"width": 720, "height": 900})
-    page = Page(tab, server)
-    page.open()
-    yield page
-    server.post("/interrupt", {})
-    tab.close()
-    assert not page.errors
-
-
-def settings(server: Any, vue: bool = False, palette: str = "dark") -> None:
-    chosen = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": palette}
-    server.post("/api/settings", chosen)
-
-
-def newest_video(server: Any) -> tuple[int, float]:
-    """(frames, seconds) of the newest file, decoded to its end."""
-    path = max((server.base / "output" / "video").glob("*.mp4"), key=lambda path: path.stat().st_mtime_ns)
-    with av.open(str(path)) as video:
-        times = [frame.time for frame in video.decode(video=0)]
-    return len(times), times[-1]
+from pages import PATIENCE, READY, Page, newest_video, picture, settings, workflow
 
 
 def test_frames_play_during_the_run_and_stop_keeps_a_playable_file(page):
@@ -219,7 +119,7 @@ def test_renderers_and_themes(browser, server, vue, palette):
         box = page.tab.locator(".sf-player canvas").bounding_box()
         assert box["width"] > 150 and box["height"] > 80
         light = page.tab.evaluate(
-            f"() => getComputedStyle({PLAYER}).backgroundColor.match(/[\\d.]+/g).map(Number)[0]"
+            f"() => getComputedStyle({page.element}).backgroundColor.match(/[\\d.]+/g).map(Number)[0]"
         )
         assert (light > 128) == (palette == "light")
     finally:
@@ -243,9 +143,3 @@ def test_an_hour_of_frames_stays_bounded_and_thins_out_evenly(page):
     gaps = [b - a for a, b in zip(kept, kept[1:])]
     assert set(gaps[:850]) == {64}  # 4 seconds, over nearly the whole hour
     assert numbers["at"] == 890 * 64 and numbers["early"] == 0
-
-
-def picture(page: Page, name: str) -> None:
-    """A small picture of the node for the documentation, where asked for."""
-    if WANTED:
-        page.tab.locator(".sf-player").screenshot(path=str(PICTURES / f"{name}.png"))

@@ -198,3 +198,64 @@ def test_contact_sheet_shows_first_to_last_frame():
     assert seen == [10 * i for i in spread(21, 6)]
     with pytest.raises(ValueError, match="no frames"):
         contact_sheet(frames[:0])
+
+
+@contextlib.contextmanager
+def no_file_beyond(size: int):
+    """Writes that would make a file larger fail, the last one after a part of it: as on a full disk."""
+    resource = pytest.importorskip("resource", reason="only POSIX limits the size of files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_the_piece_that_does_not_fit_and_no_more(tmp_path):
+    path = tmp_path / "a.mp4"
+    with Mp4Writer(path) as writer:
+        writer.append(clip(12))
+        writer.append(clip(12, start=12))
+        with no_file_beyond(writer.bytes + 100):
+            with pytest.raises(
+                OSError, match=r"a\.mp4 cannot be written: File too large\. The 24 frames before"
+            ):
+                writer.append(clip(12, start=24))
+            assert path.stat().st_size == writer.bytes
+            assert_alike(read(path), clip(24))
+        writer.append(clip(12, start=24))  # there is room again
+    assert_alike(read(path), clip(36))
+    with Mp4Writer(tmp_path / "b.mp4") as whole:
+        for i in range(3):
+            whole.append(clip(12, start=12 * i))
+    assert path.read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_disk_without_room_for_the_first_piece_or_the_index(tmp_path):
+    with no_file_beyond(100), Mp4Writer(tmp_path / "a.mp4") as writer:
+        with pytest.raises(OSError, match="The 0 frames before are kept"):
+            writer.append(clip(12))
+        with pytest.raises(OSError, match="The 0 frames before are kept"):
+            writer.append(clip(12))
+    assert not list(tmp_path.iterdir())
+    with Mp4Writer(tmp_path / "a.mp4") as writer:
+        writer.append(clip(12))
+        with no_file_beyond(writer.bytes + 10):
+            writer.close()  # a warning: it plays without
+    assert (tmp_path / "a.mp4").stat().st_size == writer.bytes
+    assert_alike(read(tmp_path / "a.mp4"), clip(12))
+    copy = Mp4Writer(tmp_path / "b.mp4")
+    with no_file_beyond(writer.bytes - 10), pytest.raises(OSError, match="The 0 frames before are kept"):
+        copy.resume(tmp_path / "a.mp4", writer.bytes, 12, 48, 64)
+    copy.close()
+    assert not (tmp_path / "b.mp4").exists()
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "file" / "a.mp4", tmp_path / "file" / "b" / "a.mp4"):
+        with pytest.raises(OSError, match=r"No video can be written to .*: .* choose another folder"):
+            Mp4Writer(path).check()
+    Mp4Writer(tmp_path / "new" / "a.mp4").check()
+    assert not list((tmp_path / "new").iterdir())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import logging
+import random
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import comfy.model_management
 import torch
 from checks_common import apply, fails, noise, pack, prompt, stream_video, tiny_model, tiny_vae
 from PIL import Image
@@ -100,6 +104,54 @@ def check_stopping_keeps_a_valid_video():
     assert torch.equal(latent, whole), "too late to stop"
     again = stream_video(model, vae, seconds=3.0)[1]
     assert torch.equal(again, whole), "a stopped run left something behind"
+
+
+def check_a_cancelled_run_gives_its_memory_back_at_once():
+    session, video = pack("nodes.session"), pack("nodes.video_stream")
+    left, passes, cancelled = [], 0, random.Random(3)
+    real_state, real_pass, real_run = (
+        session.SamplingRun.new_state,
+        session.SamplingRun.begin_pass,
+        video.VideoStream.__init__,
+    )
+
+    def seen_state(self, *args):
+        left.append(weakref.ref(state := real_state(self, *args)))
+        return state
+
+    def seen_run(self, *args):
+        real_run(self, *args)
+        left.append(weakref.ref(self))
+
+    def counted_pass(self):
+        nonlocal passes
+        if passes == 0:
+            comfy.model_management.interrupt_current_processing()
+        passes -= 1
+        real_pass(self)
+
+    vae = tiny_vae()
+    logging.disable(logging.WARNING)
+    gc.disable()  # nothing may wait for the garbage collector: a GPU would run out of memory before it comes
+    session.SamplingRun.new_state, session.SamplingRun.begin_pass = seen_state, counted_pass
+    video.VideoStream.__init__ = seen_run
+    try:
+        for settings in ({"mode": "dense"}, {"mode": "window"}, {"mode": "sparse", "block_tokens": 16}):
+            model = apply(tiny_model(), **settings)
+            for _ in range(17):
+                passes = cancelled.randrange(12)
+                try:
+                    stream_video(model, vae, seconds=4.0, cfg=2.0, negative=prompt(2))
+                    raise AssertionError("the interrupt was ignored")
+                except comfy.model_management.InterruptProcessingException:
+                    pass
+                assert not [one for one in left if one() is not None], (settings, passes)
+    finally:
+        session.SamplingRun.new_state, session.SamplingRun.begin_pass = real_state, real_pass
+        video.VideoStream.__init__ = real_run
+        gc.enable()
+        logging.disable(logging.NOTSET)
+    assert len(left) > 100
 
 
 def check_the_page_is_told_of_every_chunk():
@@ -261,6 +313,7 @@ def check_a_second_copy_of_the_pack_leaves_the_routes_alone():
         live.add_routes()
         live.add_routes()
         assert [route.path for route in PromptServer.instance.routes] == [live.STOP, live.PROMPT]
+        assert live.RUNS is PromptServer.instance.sparse_forcing_runs, "one table for the runs of both"
     finally:
         logging.disable(logging.NOTSET)
         if had is None:
