@@ -8,7 +8,7 @@ from typing import Any
 import comfy.samplers
 import folder_paths
 import torch
-from comfy_api.latest import InputImpl, io, ui
+from comfy_api.latest import InputImpl, ui
 from torch import Tensor
 
 from ..sparse_attn.config import check_size, shifted_sigmas
@@ -16,10 +16,11 @@ from ..sparse_attn.session import SUFFIX, Session
 from ..sparse_attn.timeline import Policy
 from ..sparse_attn.video import Mp4Writer
 from .checks import latent_frames_for, require_wan
+from .host import io
 from .keeping import SESSION, SessionKeeper, check_session, identity_of
 from .live import live_run
 from .prompt_timeline import PromptSwitcher, timeline_of
-from .streaming import given_frames
+from .start import Start
 from .vae_stream import LATENT_CHANNELS, require_wan_vae
 from .video_stream import VideoStream
 
@@ -83,7 +84,7 @@ class SparseForcingStreamVideo(io.ComfyNode):
                     min=0.1,
                     max=86400.0,
                     step=0.1,
-                    tooltip="Length of the video; rounded up to whole chunks.",
+                    tooltip="Length of the whole video, given frames included; rounded up to whole chunks.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -193,6 +194,22 @@ class SparseForcingStreamVideo(io.ComfyNode):
                         "interrupted video can go on. 0: never. Each time the whole memory goes to disk."
                     ),
                 ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "What the video begins with: one picture, or the frames of a clip to go on from. They are "
+                        "scaled and cut to the video's size. Of a clip the last 1 + 4k frames are used."
+                    ),
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip=(
+                        "The same as a latent of the video's size, such as the LATENT of another Stream Video. "
+                        "Connect one of image, latent and session."
+                    ),
+                ),
             ],
             outputs=[
                 io.Video.Output(display_name="VIDEO", tooltip="The finished video, backed by the file."),
@@ -231,14 +248,17 @@ class SparseForcingStreamVideo(io.ComfyNode):
         on_prompt_change: Policy = "re-cache",
         session: Session | None = None,
         autosave_chunks: int = 0,
+        image: Tensor | None = None,
+        latent: dict | None = None,
     ) -> io.NodeOutput:
         check_size(width, height)
         require_wan(model)
         require_wan_vae(vae)
         if cfg != 1.0 and negative is None:
             raise ValueError(f"A CFG of {cfg:g} needs a negative prompt: connect one, or set CFG to 1.")
-        given = given_frames(model.model_options["transformer_options"])
-        frames = latent_frames_for(max(1, round(seconds * fps)), chunk_frames, given)
+        start, wanted = Start(model, image, latent, session, width, height), max(1, round(seconds * fps))
+        start.check_length(wanted, fps)
+        frames = latent_frames_for(wanted, chunk_frames, start.frames)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory(), width, height
         )
@@ -248,23 +268,24 @@ class SparseForcingStreamVideo(io.ComfyNode):
         guider = _guider(job.model, positive, negative, cfg)
         job.keeper = SessionKeeper(_session_wanted(cls.hidden), autosave_chunks, file.with_suffix(SUFFIX))
         job.identity = identity_of(
-            job.model, vae, job.shape, chunk_frames, given, fps=fps, cfg=cfg, sigmas=sigmas.tolist()
+            job.model, vae, job.shape, chunk_frames, start.frames, fps=fps, cfg=cfg, sigmas=sigmas.tolist()
         )
         if session is not None:
             check_session(session, job.identity, job.model, guider, job.shape)
             job.resume(session)
             seed = session.facts["seed"]
+        start.put_before(job.model, vae)
         switcher = PromptSwitcher(
             timeline_of(positive), clip, guider, sigmas, seed, fps, on_prompt_change, job.finished
         )
         node_id = cls.hidden.unique_id
         with live_run(node_id) as live, Mp4Writer(file, fps) as writer:
-            latent = job.run(writer, guider, sigmas, first_steps, seed, node_id, live, switcher)
+            samples = job.run(writer, guider, sigmas, first_steps, seed, node_id, live, switcher)
         SparseForcingStreamVideo.steered += live.steered
         saved = ui.SavedResult(file.name, subfolder, io.FolderType.output)
         return io.NodeOutput(
             InputImpl.VideoFromFile(str(writer.path)),
-            {"samples": latent},
+            {"samples": samples},
             job.keeper.session,
             ui=ui.PreviewVideo([saved]),
         )

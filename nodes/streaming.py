@@ -33,7 +33,8 @@ class StreamSampler(comfy.samplers.KSAMPLER):
     dropped, so that no tensor grows with the video. `reserve_bytes` is extra device memory the caller will need.
     `first_steps` > 0 gives the first generated chunk that many steps of the shift-5 schedule. on_open(run, base model,
     x) is called before the first pass, and may restore a session into the run. With `clean_last` the last chunk enters
-    the memory, too, so that a later run can go on from there.
+    the memory, too, so that a later run can go on from there. `rereads`: recent frames may run again, as where the
+    prompt changes.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class StreamSampler(comfy.samplers.KSAMPLER):
         first_steps: int = 0,
         on_open: Callable[[SamplingRun, Any, Tensor], None] | None = None,
         clean_last: bool = False,
+        rereads: bool = False,
     ):
         super().__init__(sample_stream)
         self.on_open, self.clean_last = on_open, clean_last
         self.chunk_frames, self.total_frames, self.on_chunk = chunk_frames, total_frames, on_chunk
-        self.reserve_bytes, self.first_steps = reserve_bytes, first_steps
+        self.reserve_bytes, self.first_steps, self.rereads = reserve_bytes, first_steps, rereads
 
     def schedule(self, sigmas: Tensor, transformer_options: dict[str, Any]) -> SamplerConfig:
         """The host's `sigmas` [steps + 1], and the opening chunk's: its own steps, else those the loader asks for.
@@ -78,7 +80,7 @@ class StreamSampler(comfy.samplers.KSAMPLER):
                 total,
                 TRAINED_FRAMES,
             )
-        return SamplingRun(attention, self.chunk_frames, total, self.reserve_bytes)
+        return SamplingRun(attention, self.chunk_frames, total, self.reserve_bytes, self.rereads)
 
     def sample(
         self,

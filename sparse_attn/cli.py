@@ -27,6 +27,8 @@ from .progress import Progress, size
 from .world.scene import FPS, SIZE_PX
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .pipeline import Request, VideoPipeline
 
 VERSION = "0.1.0"
@@ -85,6 +87,11 @@ def add_video_options(make: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--frames", type=int, help="exact length in video frames, 4 x (latent frames - 1) + 1"
     )
+    start = make.add_mutually_exclusive_group()
+    start.add_argument("--image", type=Path, help="a picture that the video begins with, fitted to its size")
+    start.add_argument(
+        "--extend", type=Path, help="a video to go on from; --seconds then counts its frames, too"
+    )
     add("--out", type=Path, default=Path("output/video.mp4"), help="the MP4 to write")
     add("--sheet", type=Path, help="also write a contact sheet: a PNG of frames from the whole video")
     add("--seed", type=int, default=0, help="same seed and settings, same video")
@@ -129,15 +136,23 @@ def generate(arguments: argparse.Namespace) -> int:
     """Check, load, then write the video as it is made."""
     try:
         attention, sampler = configs(arguments)
-        latent_frames = length_of(arguments, sampler.chunk_frames)
         check_outputs(arguments.out, arguments.sheet)
+        given = given_frames(arguments)
+        latent_frames = length_of(arguments, sampler.chunk_frames, 0 if given is None else len(given))
     except ValueError as error:
         return say(str(error), MISUSED)
 
     from .pipeline import Request, VideoPipeline
 
     request = Request(
-        arguments.prompt, latent_frames, arguments.width, arguments.height, arguments.seed, attention, sampler
+        arguments.prompt,
+        latent_frames,
+        arguments.width,
+        arguments.height,
+        arguments.seed,
+        attention,
+        sampler,
+        given,
     )
     try:
         request.validate()
@@ -156,6 +171,8 @@ def announcement(arguments: argparse.Namespace, pipeline: VideoPipeline, request
     frames, need, chunks = request.video_frames, pipeline.memory_need(request), request.chunks
     rounded = arguments.frames is None and request.latent_frames != arguments.seconds * LATENT_FPS
     start = f"{arguments.seconds:g} s is rounded up to " if rounded else ""
+    if request.given is not None:
+        start += f"{len(request.given)} given frame{'s' * (len(request.given) > 1)} and "
     pieces = f"{chunks} chunk{'s' * (chunks > 1)} of {request.sampler.chunk_frames} latent frames"
     return (
         f"{start}{pieces}: {frames} video frames, {frames / FPS:.2f} s, {request.width}x{request.height}\n"
@@ -182,25 +199,45 @@ def configs(arguments: argparse.Namespace) -> tuple[AttentionConfig, SamplerConf
     return attention, sampler
 
 
-def length_of(arguments: argparse.Namespace, chunk_frames: int) -> int:
-    """Latent frames: exactly --frames, or as many whole chunks as --seconds needs."""
+def given_frames(arguments: argparse.Namespace) -> np.ndarray | None:
+    """What --image or --extend shows, uint8 [1 + 4k, H, W, 3]. Raises ValueError."""
+    if arguments.image is None and arguments.extend is None:
+        return None
+    from .given import read_clip, read_image
+
+    width, height = arguments.width, arguments.height
+    if arguments.image is not None:
+        return read_image(arguments.image, width, height)
+    return read_clip(arguments.extend, width, height, FPS)
+
+
+def length_of(arguments: argparse.Namespace, chunk_frames: int, given: int = 0) -> int:
+    """Latent frames: exactly --frames, or as many whole chunks as --seconds needs behind `given` video frames."""
     if arguments.frames is not None:
-        return exact_length(arguments.frames, chunk_frames)
+        return exact_length(arguments.frames, chunk_frames, given)
     if not (math.isfinite(arguments.seconds) and arguments.seconds > 0):
         raise ValueError(f"--seconds {arguments.seconds} is no length: give more than 0")
-    chunks = math.ceil(arguments.seconds * LATENT_FPS / chunk_frames - 1e-9)
-    return max(1, chunks) * chunk_frames
+    if given >= arguments.seconds * FPS:
+        raise ValueError(
+            f"--seconds {arguments.seconds:g} counts the whole video, and {given / FPS:.2f} s are given: give more"
+        )
+    before = (given + 3) // 4
+    chunks = math.ceil((arguments.seconds * LATENT_FPS - before) / chunk_frames - 1e-9)
+    return before + max(1, chunks) * chunk_frames
 
 
-def exact_length(frames: int, chunk_frames: int) -> int:
-    """Latent frames of exactly `frames` video frames. Raises ValueError naming the nearest counts that work."""
-    chunks = (1 + (frames - 1) / 4) / chunk_frames
+def exact_length(frames: int, chunk_frames: int, given: int = 0) -> int:
+    """Latent frames of exactly `frames` video frames, `given` of them not made. Raises ValueError naming the nearest
+    counts that work."""
+    before = (given + 3) // 4
+    chunks = (1 + (frames - 1) / 4 - before) / chunk_frames
     below = max(1, math.floor(chunks))
-    near = [pixel_frames(n * chunk_frames) for n in sorted({below, max(below, math.ceil(chunks))})]
+    near = [pixel_frames(before + n * chunk_frames) for n in sorted({below, max(below, math.ceil(chunks))})]
     if frames not in near:
         what = f"is not a whole number of chunks of {chunk_frames} latent frames"
-        raise ValueError(f"--frames {frames} {what}: use {' or '.join(map(str, near))}")
-    return below * chunk_frames
+        behind = f" behind the {given} given" if given else ""
+        raise ValueError(f"--frames {frames} {what}{behind}: use {' or '.join(map(str, near))}")
+    return before + below * chunk_frames
 
 
 def check_outputs(out: Path, sheet: Path | None) -> None:
@@ -234,7 +271,8 @@ def write_video(pipeline: VideoPipeline, request: Request, out: Path, sheet: Pat
             for chunk in pipeline.generate(request, on_pass=progress.on_pass):
                 kept += [frame for i, frame in enumerate(chunk.frames, writer.frames) if i in shown]
                 writer.append(chunk.frames)
-                progress.on_chunk(chunk)
+                if chunk.index >= 0:
+                    progress.on_chunk(chunk)
         except KeyboardInterrupt:
             code, why = STOPPED, "Stopped"
         except OSError as error:

@@ -21,7 +21,8 @@ class AttentionConfig:
 
     mode "dense": every frame, up to the stream's total_frames.
     mode "window": the first `sink_frames` and the newest frames, `window_frames` in all, the current chunk included
-        (Self-Forcing's local_attn_size).
+        (Self-Forcing's local_attn_size). With `sink_ema` the sink moves by that share towards every chunk that leaves,
+        as in Reward Forcing (0.001); 0: it rests.
     mode "sparse": a persistent memory of `persistent_frames`' worth of blocks (the sink included) read in full, and
         `topk` of the blocks of a window of `window_frames`. With `dense_first_chunk` a chunk without any history reads
         all of itself: it costs nothing later, and everything later builds on it. `block_tokens` and `backend`, too,
@@ -39,6 +40,7 @@ class AttentionConfig:
     positions: Positions = "absolute"
     backend: Backend = "auto"
     dense_first_chunk: bool = True
+    sink_ema: float = 0.0
 
     def topk_after(self, frames: int) -> float:
         """The share of the window that a chunk with `frames` latent frames of history reads."""
@@ -49,6 +51,7 @@ class AttentionConfig:
         _one_of("mode", self.mode, Mode)
         _one_of("positions", self.positions, Positions)
         _one_of("backend", self.backend, Backend)
+        self._validate_sink_ema()
         _at_least("chunk_frames", chunk_frames, 1)
         if self.mode == "dense":
             self._validate_dense()
@@ -59,6 +62,17 @@ class AttentionConfig:
             self._validate_window(chunk_frames)
         else:
             self._validate_sparse(chunk_frames)
+
+    def _validate_sink_ema(self) -> None:
+        if not 0 <= self.sink_ema < 1:
+            raise ValueError(
+                f"sink_ema {self.sink_ema} is not a share: use 0 (the sink rests) or a little more, such as 0.001."
+            )
+        if self.sink_ema and (self.mode != "window" or not self.sink_frames):
+            raise ValueError(
+                f"sink_ema {self.sink_ema} moves the sink of mode 'window', and here mode is {self.mode!r} with a sink "
+                f"of {self.sink_frames}: use mode 'window' with a sink, or sink_ema 0."
+            )
 
     def _validate_dense(self) -> None:
         if self.positions == "rebased":

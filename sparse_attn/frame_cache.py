@@ -23,7 +23,9 @@ class FrameCache:
     """Keys and values of `capacity` latent frames for every layer: k, v [L, B, capacity, tokens a frame, H, D].
 
     `sink` frames at the front are never dropped; a `bounded` cache drops the oldest others, an unbounded one raises
-    when it is full. With `rebased`, a frame's time is its place in the cache instead of its index in the video.
+    when it is full. With `rebased`, a frame's time is its place in the cache instead of its index in the video. With
+    `sink_ema`, the first sink frame moves by that share towards the first frame that a chunk pushes out, the second
+    towards the second, and so on, each at the sink frame's own time (Reward Forcing's moving sink).
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class FrameCache:
         sink: int = 0,
         bounded: bool = False,
         rebased: bool = False,
+        sink_ema: float = 0.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
         shape = (layers, batch, capacity, frame_tokens, heads, head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.capacity, self.sink, self.bounded, self.rebased = capacity, sink, bounded, rebased
+        self.sink_ema = sink_ema
         self.reset()
 
     def reset(self) -> None:
@@ -67,7 +71,9 @@ class FrameCache:
         resident = sorted(self.slots + self.current)
         contiguous = resident == list(range(len(resident)))
         self._gather = None if contiguous else torch.tensor(resident, device=self.k.device)
-        self._open_at = [resident.index(slot) for slot in self.current]
+        at = [resident.index(slot) for slot in self.current]
+        # one slice where it can be: a list would be uploaded, which a CUDA graph cannot record
+        self._open_at = slice(at[0], at[-1] + 1) if at == list(range(at[0], at[-1] + 1)) else at
         return len(self.slots) if self.rebased else frame
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -148,10 +154,22 @@ class FrameCache:
                 f"a chunk of {frames} frames at frame {frame} does not fit: the memory holds {len(self.slots)} of at "
                 f"most {self.capacity} frames. Start with a larger total_frames, or use mode 'window' or 'sparse'."
             )
+        if self.sink_ema:
+            self._move_sink(excess)
         gone = slice(self.sink, self.sink + excess)
         del self.slots[gone], self.frames[gone]
         if self.rebased:
             self._turn_back(excess)
+
+    def _move_sink(self, leaving: int) -> None:
+        """Move the sink towards the `leaving` frames behind it, which are still there."""
+        for kept in range(min(leaving, self.sink)):
+            gone = self.sink + kept
+            delta = -self.sink if self.rebased else self.frames[kept] - self.frames[gone]
+            for k, v in zip(self.k, self.v):  # a layer at a time, as below
+                keys, values = (pool[:, self.slots[gone]] for pool in (k, v))
+                k[:, self.slots[kept]].lerp_(shift_time(keys, delta, keys.shape[-1]), self.sink_ema)
+                v[:, self.slots[kept]].lerp_(values, self.sink_ema)
 
     def _turn_back(self, frames: int) -> None:
         """The frames behind the sink moved forward by `frames` places: turn their keys back by as many."""

@@ -10,6 +10,7 @@ one request after another. Nothing about a video is kept between requests.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ from torch import Tensor
 from ..kernels.pbsa.constraints import Call, choose
 from .config import PIXELS_PER_TOKEN, AttentionConfig, SamplerConfig, check_length, check_size, pixel_frames
 from .fast import ComposablePass, choose_pass
+from .given import latent_frames_of, usable_frames
 from .pictures import to_uint8
-from .rollout import stream
+from .rollout import Denoise, prefill, stream
 from .state import StreamState
 from .world.model import SAMPLER, WorldModel, load_world_model
 from .world.scene import SIZE_PX
@@ -38,7 +40,12 @@ OnPass = Callable[[int, int, int], None]  # chunk, pass, passes a chunk
 
 @dataclass(frozen=True)
 class Request:
-    """One video. Lengths in latent frames (`pixel_frames` of them in video frames), sides in pixels."""
+    """One video. Lengths in latent frames (`pixel_frames` of them in video frames), sides in pixels.
+
+    given: what the video begins with, uint8 [1 + 4k, height, width, 3]: one picture, or a clip to go on from. It counts
+    in `latent_frames`, enters the memory by clean passes, and comes back as the VAE decodes it, so that nothing jumps
+    where the new frames begin.
+    """
 
     prompt: str
     latent_frames: int = 21
@@ -47,6 +54,7 @@ class Request:
     seed: int = 0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     sampler: SamplerConfig = SAMPLER
+    given: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def validate(self) -> None:
         """Raise ValueError, naming the value and the remedy."""
@@ -56,12 +64,38 @@ class Request:
             raise ValueError(f"seed {self.seed} is outside 0 .. 2**63 - 1")
         check_size(self.width, self.height)
         self.sampler.validate()
-        check_length(self.latent_frames, self.sampler.chunk_frames)
+        self._check_given()
+        check_length(self.latent_frames - self.given_frames, self.sampler.chunk_frames)
         self.attention.validate(self.sampler.chunk_frames)
+
+    def _check_given(self) -> None:
+        if self.given is None:
+            return
+        frames = len(self.given)
+        if self.given.shape[1:] != (self.height, self.width, 3) or self.given.dtype != np.uint8:
+            raise ValueError(
+                f"given frames of shape {list(self.given.shape)} and type {self.given.dtype} do not fit a "
+                f"{self.width}x{self.height} video: give uint8 [F, {self.height}, {self.width}, 3]"
+            )
+        if frames % 4 != 1:
+            raise ValueError(
+                f"{frames} given frames make no whole latent frames: give 1, 5, 9, ... (the last "
+                f"{usable_frames(frames)})"
+            )
+        if self.given_frames >= self.latent_frames:
+            raise ValueError(
+                f"the {frames} given frames are already all {self.video_frames} of the video: make it longer"
+            )
+
+    @property
+    def given_frames(self) -> int:
+        """Latent frames that are given."""
+        return 0 if self.given is None else latent_frames_of(len(self.given))
 
     @property
     def chunks(self) -> int:
-        return self.latent_frames // self.sampler.chunk_frames
+        """Chunks to be made."""
+        return (self.latent_frames - self.given_frames) // self.sampler.chunk_frames
 
     @property
     def video_frames(self) -> int:
@@ -73,7 +107,7 @@ class VideoChunk:
     """A finished piece of the video, and what it took.
 
     frames uint8 [F, H, W, 3]; seconds from the first pass to the decoded pixels on the host; cache_bytes of the
-    stream's memory at that moment.
+    stream's memory at that moment. index -1: frames that were given.
     """
 
     index: int
@@ -190,36 +224,60 @@ class VideoPipeline:
 
     def _generate(self, request: Request, on_pass: OnPass | None) -> Iterator[VideoChunk]:
         memory = new_memory(self.widths, request, self.dtype, self.device)
-        height, width = request.height // PIXELS_PER_LATENT, request.width // PIXELS_PER_LATENT
         logger.info(
-            "%d chunks of latents %dx%d, cache %d bytes", request.chunks, width, height, memory.nbytes
+            "%d chunks of %dx%d, cache %d bytes", request.chunks, request.width, request.height, memory.nbytes
         )
 
         def after_pass(chunk: int, index: int, passes: int, x0: Tensor) -> None:
             if on_pass is not None:
                 on_pass(chunk, index, passes)
 
+        denoise, decoder = self._denoiser(request, memory), self.vae.stream_decoder()
+        started = time.perf_counter()
+        for index, latent in itertools.chain(
+            self._given(request, memory, denoise),
+            self._made(request, memory, denoise, after_pass),
+        ):
+            with torch.no_grad():
+                frames = to_uint8(decoder.push(latent))
+            now = time.perf_counter()
+            yield VideoChunk(index, frames, now - started, memory.nbytes)
+            started = time.perf_counter()  # what the caller did with the frames is not the model's time
+
+    def _given(self, request: Request, memory: StreamState, denoise: Denoise) -> Iterator[tuple[int, Tensor]]:
+        """Latents of the given frames, once the memory holds them all; a piece at a time, as chunks are decoded."""
+        if request.given is None:
+            return
+        video = torch.from_numpy(request.given).to(self.device).permute(3, 0, 1, 2)[None]
+        with torch.no_grad():
+            latent = self.vae.encode(video / 127.5 - 1)
+        prefill(denoise, memory, latent, request.sampler.chunk_frames)
+        for piece in latent.split(request.sampler.chunk_frames, dim=2):
+            yield -1, piece
+
+    def _made(
+        self, request: Request, memory: StreamState, denoise: Denoise, on_pass: Callable
+    ) -> Iterator[tuple[int, Tensor]]:
         chunks = stream(
-            self._denoiser(request, memory),
+            denoise,
             memory,
             request.sampler,
-            shape=(1, LATENT_CHANNELS, height, width),
-            total_frames=request.latent_frames,
+            shape=(
+                1,
+                LATENT_CHANNELS,
+                request.height // PIXELS_PER_LATENT,
+                request.width // PIXELS_PER_LATENT,
+            ),
+            total_frames=request.latent_frames - request.given_frames,
             seed=request.seed,
-            on_pass=after_pass,
+            on_pass=on_pass,
             clean_last=False,  # nothing follows the last chunk
             device=self.device,
         )
-        decoder = self.vae.stream_decoder()
-        started = time.perf_counter()
         for chunk in chunks:
-            with torch.no_grad():
-                frames = to_uint8(decoder.push(chunk.latent.to(self.device)))
-            now = time.perf_counter()
-            yield VideoChunk(chunk.index, frames, now - started, memory.nbytes)
-            started = time.perf_counter()  # what the caller did with the frames is not the model's time
+            yield chunk.index, chunk.latent.to(self.device)
 
-    def _denoiser(self, request: Request, memory: StreamState) -> Callable[[Tensor, float], Tensor]:
+    def _denoiser(self, request: Request, memory: StreamState) -> Denoise:
         """denoise(x float32, sigma) -> x0 float32 for the chunk that `memory` has open, under the request's prompt."""
         with torch.no_grad():
             cross_kv = self.dit.cross_kv(self.text.encode([request.prompt]))

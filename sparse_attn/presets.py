@@ -21,8 +21,8 @@ class Preset:
 
     sigmas: the schedule, a trailing 0 implied; first_sigmas: of the first chunk, where it differs. shift: the warp that
     the schedule and the model share. window_frames None: every frame is attended (the authors allow 21). positions
-    "rebased": temporal places are those in the cache. ema: which weights of a training file. note: where our rollout is
-    not theirs exactly, and what else to know.
+    "rebased": temporal places are those in the cache. sink_ema: how far the sink moves towards what leaves. ema: which
+    weights of a training file. note: where our rollout is not theirs exactly, and what else to know.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Preset:
     window_frames: int | None = None
     sink_frames: int = 0
     positions: Positions = "absolute"
+    sink_ema: float = 0.0
     ema: bool = True
     note: str = ""
 
@@ -52,6 +53,7 @@ class Preset:
             window_frames=self.window_frames,
             sink_frames=self.sink_frames,
             positions=self.positions,
+            sink_ema=self.sink_ema,
         )
 
     @property
@@ -73,9 +75,10 @@ class Preset:
         steps = ", ".join(f"{1000 * sigma:g}" for sigma in self.sigmas)
         first = f" ({len(self.first_sigmas)} steps for the first chunk)" if self.first_sigmas else ""
         window = "all frames" if self.window_frames is None else f"{self.window_frames} frames"
+        moving = f" (sink_ema {self.sink_ema:g})" if self.sink_ema else ""
         return (
             f"{self.name}: steps {steps}{first}, shift {self.shift:g}, chunks of {self.chunk_frames}, "
-            f"window {window}, sink {self.sink_frames}"
+            f"window {window}, sink {self.sink_frames}{moving}"
         )
 
 
@@ -129,7 +132,8 @@ REWARD_FORCING = Preset(
     window_frames=9,
     sink_frames=3,
     positions="rebased",
-    note="Its sink moves by a thousandth towards every chunk that leaves the window; here the sink stays as it was.",
+    sink_ema=0.001,
+    note="Its sink moves by a thousandth towards every chunk that leaves the window: sink_ema, in mode window.",
 )
 KREA = Preset(
     name="Krea Realtime 14B",
@@ -137,7 +141,8 @@ KREA = Preset(
     sigmas=(1.0, 0.937, 0.833, 0.625),
     window_frames=6,
     positions="rebased",
-    note="Its cache of 3 frames is computed anew before every chunk; here it is kept as it was.",
+    note="Its cache of 3 frames is computed anew before every chunk, the first of them from its decoded picture; here "
+    "the cache is kept as it was.",
 )
 ROLLING_SIGMAS = shifted_sigmas(5)  # TencentARC/RollingForcing: configs/rolling_forcing_dmd.yaml
 # Families whose rollout cannot be had here, and why.

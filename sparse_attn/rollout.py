@@ -53,7 +53,7 @@ def stream(
     *,
     shape: tuple[int, int, int, int] | None = None,
     total_frames: int | None = None,
-    seed: int = 0,
+    seed: int | tuple[int, ...] = 0,
     noise: Tensor | None = None,
     start_chunk: int = 0,
     on_pass: OnPass | None = None,
@@ -70,6 +70,7 @@ def stream(
     clean_last False leaves out the clean pass of the very last chunk, which then does not enter the memory.
 
     Noise is drawn on the CPU, seeded seed + 1000 i + 999 for the start of chunk i, seed + 1000 i + k after its step k.
+    A tuple gives each of the B videos a seed of its own, and so the noise that it would have alone.
     Closing the iterator, or an exception in it, leaves the memory at the last chunk that was finished.
     Raises ValueError for settings that do not fit together.
     """
@@ -105,8 +106,10 @@ def prefill(denoise: Denoise, memory: Memory, latent: Tensor, chunk_frames: int)
         start += frames
 
 
-def draw_noise(shape: tuple[int, ...], seed: int, chunk: int, step: int) -> Tensor:
+def draw_noise(shape: tuple[int, ...], seed: int | tuple[int, ...], chunk: int, step: int) -> Tensor:
     """Unit normal float32 noise of a chunk's step on the CPU, the same on every machine; seeds wrap at 64 bits."""
+    if isinstance(seed, tuple):
+        return torch.cat([draw_noise((1, *shape[1:]), own, chunk, step) for own in seed])
     generator = torch.Generator().manual_seed((seed + 1000 * chunk + step) % 2**64)
     return torch.randn(shape, generator=generator)
 
@@ -115,7 +118,7 @@ def _plan(
     sampler: SamplerConfig,
     shape: tuple[int, int, int, int] | None,
     total_frames: int | None,
-    seed: int,
+    seed: int | tuple[int, ...],
     noise: Tensor | None,
     device: torch.device | str,
 ) -> tuple[int | None, Callable[[int], Tensor | None]]:
@@ -147,7 +150,7 @@ def _denoise_chunk(
     denoise: Denoise,
     sigmas: tuple[float, ...],
     x: Tensor,
-    seed: int,
+    seed: int | tuple[int, ...],
     index: int,
     on_pass: OnPass | None,
     clean: bool,

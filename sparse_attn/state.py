@@ -113,6 +113,7 @@ class StreamState:
             sink=self.attention.sink_frames if bounded else 0,
             bounded=bounded,
             rebased=self.attention.positions == "rebased",
+            sink_ema=self.attention.sink_ema if bounded else 0.0,
             dtype=self.dtype,
             device=device,
         )
@@ -278,7 +279,7 @@ class StreamState:
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Continue where `snapshot` was taken, bit for bit. Raises ValueError, and changes nothing, if it does not fit.
 
-        `topk`, `dense_first_chunk`, `backend` and `dense_attention` may differ from those of the stream that was saved.
+        `topk`, `dense_first_chunk`, `sink_ema`, `backend` and `dense_attention` may differ from the saved stream's.
         """
         self.check_fit(snapshot)
         for name, tensor in self.cache.tensors().items():

@@ -3,10 +3,15 @@
 SELF_FORCING_PATH names a checkout of github.com/guandeh17/Self-Forcing. See conftest.py for what makes it fair.
 """
 
+import logging
+
 import pytest
 import torch
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig, SamplerConfig
+from sparse_forcing_pack.sparse_attn.positions import apply_rope, rope_table
 from sparse_forcing_pack.sparse_attn.presets import ROLLING_SIGMAS, SELF_FORCING
+
+logger = logging.getLogger("sparse_forcing.authors")
 
 SEED = 11
 FULL = AttentionConfig(mode="dense")
@@ -34,6 +39,26 @@ def test_the_sigma_tables_are_theirs(self_forcing, weights, context):
     assert torch.equal(
         pipeline.denoising_step_list, scheduler.timesteps[1000 - torch.tensor([1000, 750, 500, 250])]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_theirs_up_to_frame_1024(self_forcing, dtype):
+    """Every chunk of their table. They turn keys in float64, ours in float32: both then round to the keys' type."""
+    theirs = self_forcing["wan.modules.causal_model"]
+    table = torch.cat([theirs.rope_params(1024, n) for n in (44, 42, 42)], dim=1)
+    x = torch.randn(1, 3 * 2 * 3, 2, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    largest, other_roundings, seen = 0.0, 0, 0
+    for start in range(0, 1022, 3):
+        other = theirs.causal_rope_apply(x, torch.tensor([[3, 2, 3]]), table, start_frame=start)
+        mine = apply_rope(x, *rope_table(start, 3, 2, 3, 128, "cpu"))
+        difference = (mine.double() - other.double()).abs()
+        largest = max(largest, difference.max().item())
+        other_roundings, seen = other_roundings + int((difference > 0).sum()), seen + difference.numel()
+    logger.info("%s: largest %.1e, %.2g of all values differ", dtype, largest, other_roundings / seen)
+    ulp = 4 * torch.finfo(dtype).eps  # of the largest values, 4 to 8
+    assert largest <= ulp
+    if dtype == torch.bfloat16:
+        assert other_roundings / seen < 1e-3, "only where float32 lies on the border between two"
 
 
 @pytest.mark.parametrize("window", WINDOWS)

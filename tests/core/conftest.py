@@ -1,10 +1,15 @@
 """A transformer just large enough to tell right attention from wrong, and helpers to drive a stream with it."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.positions import apply_rope, rope_table
 from sparse_forcing_pack.sparse_attn.state import StreamState
+
+sys.path.insert(0, str(Path(__file__).parent))  # this folder's helper module, allocated.py
 
 CHANNELS = 4
 

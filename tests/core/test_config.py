@@ -1,5 +1,7 @@
 """Every refusal names the value that is wrong and one that would be right."""
 
+import math
+
 import pytest
 from sparse_forcing_pack.sparse_attn.config import (
     AttentionConfig,
@@ -39,6 +41,14 @@ from sparse_forcing_pack.sparse_attn.config import (
             "sink_frames 4 leaves no room .* window_frames 6: use .* at most 3",
         ),
         (3, {"mode": "window", "window_frames": 7}, "window_frames 7 is not .* use 6 or 9"),
+        (
+            3,
+            {"sink_ema": 0.001},
+            "sink_ema 0.001 moves the sink of mode 'window', .* 'sparse' with a sink of 3",
+        ),
+        (3, {"mode": "window", "sink_frames": 0, "sink_ema": 0.001}, "with a sink of 0: .* or sink_ema 0"),
+        (3, {"mode": "window", "sink_ema": 1.0}, "sink_ema 1.0 is not a share"),
+        (3, {"mode": "window", "sink_ema": math.nan}, "sink_ema nan is not a share"),
     ],
 )
 def test_attention_refuses(chunk_frames, settings, message):

@@ -78,6 +78,39 @@ def test_rebased_keys_stand_where_their_cell_is(case):
         torch.testing.assert_close(stored, expected, atol=1e-5, rtol=0)
 
 
+def moving_sink(plain, window, sink, chunk_lengths, share):
+    """The keys in the cells, without rotation, as Reward Forcing keeps them: its sink is a moving average."""
+    cells = []
+    for new in chunk_lengths:
+        excess = max(0, len(cells) + new - window)
+        for i in range(min(excess, sink)):
+            cells[i] = (1 - share) * cells[i] + share * cells[sink + i]
+        del cells[sink : sink + excess]
+        cells += plain[:new]
+        plain = plain[new:]
+        yield torch.stack(cells)
+
+
+@pytest.mark.parametrize("rebased", [True, False])
+@settings(deadline=None, max_examples=40)
+@given(windows())
+def test_a_moving_sink_is_the_average_of_what_left_at_its_own_places(rebased, case):
+    window, sink, lengths = case
+    cache, frame = window_cache(window, sink, rebased=rebased, sink_ema=0.25), 0
+    plain = torch.randn(sum(lengths), HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    for frames, cells in zip(lengths, moving_sink(list(plain), window, sink, lengths, 0.25)):
+        time = cache.begin_chunk(frame, frames)
+        chunk = plain[frame : frame + frames].view(1, frames, 1, HEAD_DIM)
+        cache.write(1, apply_rope(chunk, *rope_table(time, frames, 1, 1, HEAD_DIM, "cpu")), chunk)
+        cache.end_chunk(frame)
+        frame += frames
+        for place, (index, cell) in enumerate(zip(cache.frames, cells)):
+            at, slot = rope_table(place if rebased else index, 1, 1, 1, HEAD_DIM, "cpu"), cache.slots[place]
+            key = apply_rope(cell.view(1, 1, 1, HEAD_DIM), *at)[0]
+            torch.testing.assert_close(cache.k[1, :, slot, 0], key, atol=1e-5, rtol=0)
+            torch.testing.assert_close(cache.v[1, :, slot, 0, 0], cell[None], atol=1e-5, rtol=0)
+
+
 def test_the_steady_state_reads_the_pool_itself():
     cache = window_cache(6, 3)
     for frame in range(0, 30, 3):

@@ -178,8 +178,12 @@ MODES = [
     AttentionConfig(mode="window", positions="rebased"),
     AttentionConfig(block_tokens=16),
     AttentionConfig(block_tokens=16, positions="rebased"),
+    AttentionConfig(mode="window", positions="rebased", sink_ema=0.1),
 ]
-NAMES = [f"{attention.mode}-{attention.positions}" for attention in MODES]
+NAMES = [
+    f"{attention.mode}-{attention.positions}{'-moving sink' if attention.sink_ema else ''}"
+    for attention in MODES
+]
 
 
 @pytest.mark.parametrize("attention", MODES, ids=NAMES)

@@ -70,6 +70,9 @@ def test_the_windows_are_the_authors():
         3,
         "rebased",
     )
+    assert reward.sink_ema == 0.001 and presets.REWARD_FORCING.sparse.sink_ema == 0
+    assert "sink 3 (sink_ema 0.001)" in presets.REWARD_FORCING.describe()
+    assert not any(preset.sink_ema for preset in presets.PRESETS if preset is not presets.REWARD_FORCING)
 
 
 def test_the_paper_s_budgets_on_top():
