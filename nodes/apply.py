@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..sparse_attn.config import AttentionConfig
 from .hooks import patch_model
+from .host import io
 
 
 class SparseForcingApply(io.ComfyNode):
@@ -127,6 +126,30 @@ class SparseForcingApply(io.ComfyNode):
                         "later builds on it. Off: topk there, too, as in the paper."
                     ),
                 ),
+                io.Float.Input(
+                    "sink_ema",
+                    optional=True,
+                    default=0.0,
+                    min=0.0,
+                    max=0.5,
+                    step=0.001,
+                    round=0.0001,
+                    advanced=True,
+                    tooltip=(
+                        "Mode window: how far the sink moves towards every chunk that leaves the window. "
+                        "Reward Forcing is trained with 0.001; 0 lets it rest, as other models want it."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "fast_pass",
+                    optional=True,
+                    default=True,
+                    advanced=True,
+                    tooltip=(
+                        "Runs each pass by the pack's own fast kernels where nobody has changed the model; the same "
+                        "numbers, faster. Off: always the host's own layers."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -137,5 +160,5 @@ class SparseForcingApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
-        return io.NodeOutput(patch_model(model, AttentionConfig(**settings)))
+    def execute(cls, model: Any, fast_pass: bool = True, **settings: Any) -> io.NodeOutput:
+        return io.NodeOutput(patch_model(model, AttentionConfig(**settings), fast_pass))

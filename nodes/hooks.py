@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,19 @@ from torch import Tensor
 
 from ..sparse_attn.config import AttentionConfig
 from .checks import require_wan
-from .session import ATTENTION, PASS, RUN, ForwardPass, SamplingRun
+from .fast_pass import HostFastPass, fast_pass_for
+from .host import inference_dtype, known
+from .session import ATTENTION, FAST, PASS, RUN, UNDECIDED, ForwardPass, SamplingRun
 
 logger = logging.getLogger("sparse_forcing.nodes")
+
+OVERRIDE = "optimized_attention_override"  # where other nodes put an attention function of theirs
 
 
 class StreamAttention:
     """Replaces `self_attn.forward` of one block: projects, rotates, and lets the run's memory attend."""
+
+    sparse_forcing = True  # by which the fast pass knows that nobody else has taken this place
 
     def __init__(self, attn: Any, layer: int):
         self.attn, self.layer = attn, layer
@@ -69,17 +76,61 @@ def diffusion_model_wrapper(
     if run is not None:
         _refuse_extra_tokens(time_dim_concat, kwargs)
         network = executor.class_obj
-        states = run.states_for(transformer_options["uuids"], network, x)
+        keys = transformer_options["uuids"]
+        states = run.states_for(keys, network, x)
+        if fast := _fast_pass(run, executor, x, transformer_options):
+            return fast(states, keys, x, timestep, context)
         freqs = network.rope_encode(
             *x.shape[2:],
             t_start=run.t_start,
             device=x.device,
             dtype=torch.float32,
-            transformer_options=transformer_options,
+            **known(network.rope_encode, transformer_options=transformer_options),
         )
         current = ForwardPass(states, freqs, transformer_options)
         transformer_options = {**transformer_options, PASS: current}
-    return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs)
+    forward = partial(
+        executor, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs
+    )
+    return forward() if run is None else _through_memory(network, run, current, forward)
+
+
+def _through_memory(network: Any, run: SamplingRun, current: ForwardPass, forward: Callable) -> Tensor:
+    """One forward in which every layer reads the memory.
+
+    A layer whose attention another pack replaced behind Apply Sparse Forcing would see its own chunk alone: it gets
+    ours for the length of this run, and the forward is done again. A replacement that calls ours in turn may stay, and
+    so may one that skips a layer.
+    """
+    with _replaced_attention(network, run.retaken):
+        output = forward()
+    lost = [
+        layer
+        for layer, block in enumerate(network.blocks)
+        if layer not in current.layers | run.retaken
+        and not isinstance(block.self_attn.forward, StreamAttention)
+    ]
+    if not lost:
+        return output
+    logger.warning(
+        "Another node replaced the self-attention of %d layers behind Apply Sparse Forcing, which would leave them "
+        "without memory; Sparse Forcing takes its place for this run.",
+        len(lost),
+    )
+    run.retaken.update(lost)
+    return _through_memory(network, run, current, forward)
+
+
+def _fast_pass(run: SamplingRun, executor: Any, x: Tensor, options: dict[str, Any]) -> HostFastPass | None:
+    """The run's fast pass, chosen at its first forward and given up when the host takes the weights elsewhere."""
+    if run.fast is UNDECIDED:
+        run.fast = (
+            fast_pass_for(executor, x, options, run.attention.mode) if options.get(FAST, True) else None
+        )
+    if run.fast is not None and not run.fast.still_there():
+        logger.info("The host has moved weights away; Sparse Forcing goes on with the host's own layers.")
+        run.fast = None
+    return run.fast
 
 
 def _refuse_extra_tokens(time_dim_concat: Tensor | None, conditions: dict[str, Any]) -> None:
@@ -103,6 +154,11 @@ def outer_sample_wrapper(
     if hasattr(sampler, "open_run"):
         options[RUN] = run = sampler.open_run(options, tuple(noise.shape))
         run.guided = not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+        if run.attention.mode == "sparse" and OVERRIDE in options:
+            logger.warning(
+                "Another node's attention is used for the prompt only: mode sparse reads its memory with a kernel of "
+                "its own. Modes window and dense use that node's for everything."
+            )
     else:
         logger.warning(
             "Sparse Forcing is applied, but only the Sparse Forcing Sampler uses it: idle in this run."
@@ -113,7 +169,7 @@ def outer_sample_wrapper(
 def prepare_sampling_wrapper(
     executor: Any, model: Any, noise_shape: Any, conds: dict, *args: Any, **kwargs: Any
 ):
-    """Ask the host for the memory of one chunk plus the caches; the whole video's would offload everything."""
+    """Ask the host for the memory of the longest pass and the caches; the whole video's would offload everything."""
     model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
     run = model_options.get("transformer_options", {}).get(RUN)
     if run is not None:
@@ -122,7 +178,7 @@ def prepare_sampling_wrapper(
 
 
 def _reserving_shape(run: SamplingRun, model: Any, noise_shape: Any, conds: dict) -> list[int]:
-    """A chunk's shape with frames added until the host's linear estimate covers the caches as well.
+    """The longest pass's shape with frames added until the host's linear estimate covers the caches as well.
 
     The host loads as many weights as its estimate leaves room for, so the caches have to be part of the estimate;
     memory freed beforehand would be filled with weights again.
@@ -134,16 +190,19 @@ def _reserving_shape(run: SamplingRun, model: Any, noise_shape: Any, conds: dict
         model.get_model_object("diffusion_model"),
         noise_shape,
         batch,
-        model.model.get_dtype_inference(),
+        inference_dtype(model.model),
         "meta",
     )
     frame_bytes = max(1.0, model.model.memory_required([batch, channels, 1, height, width]))
     cache_frames = -(-(state.nbytes * entries + run.reserve_bytes) // frame_bytes)
-    return [batch, channels, run.chunk_frames + int(cache_frames), height, width]
+    return [batch, channels, run.longest_pass + int(cache_frames), height, width]
 
 
-def patch_model(model: Any, attention: AttentionConfig) -> Any:
-    """A clone of MODEL whose self-attention remembers chunks as `attention` says. ValueError unless it is Wan T2V."""
+def patch_model(model: Any, attention: AttentionConfig, fast_pass: bool = True) -> Any:
+    """A clone of MODEL whose self-attention remembers chunks as `attention` says. ValueError unless it is Wan T2V.
+
+    fast_pass: whether `fast_pass` may take the place of the host's layers.
+    """
     network = require_wan(model)
     patched = model.clone()
     for kind, wrapper in (
@@ -157,7 +216,7 @@ def patch_model(model: Any, attention: AttentionConfig) -> Any:
     patched.add_callback_with_key(CallbacksMP.ON_CLONE, RUN, _on_clone)
     for path in _replace_attention(patched, network):
         logger.warning("Another node had replaced %s; Sparse Forcing takes its place.", path)
-    patched.model_options["transformer_options"][ATTENTION] = attention
+    patched.model_options["transformer_options"] |= {ATTENTION: attention, FAST: fast_pass}
     return patched
 
 
@@ -181,17 +240,30 @@ def _on_clone(old: Any, new: Any) -> None:
 @contextmanager
 def patched_for_this_run(network: Any, model_options: dict[str, Any]) -> Iterator[None]:
     """The same hooks on a model that no Apply node patched, for the length of one run."""
-    before = [block.self_attn.__dict__.get("forward") for block in network.blocks]
+    if foreign := sum("forward" in block.self_attn.__dict__ for block in network.blocks):
+        logger.warning(
+            "Another node had replaced the self-attention of %d layers; Sparse Forcing takes its place for this run.",
+            foreign,
+        )
     add_wrapper_with_key(
         WrappersMP.DIFFUSION_MODEL, RUN, diffusion_model_wrapper, model_options, is_model_options=True
     )
+    with _replaced_attention(network, range(len(network.blocks))):
+        yield
+
+
+@contextmanager
+def _replaced_attention(network: Any, layers: Iterable[int]) -> Iterator[None]:
+    """Ours in place of whatever is the self-attention of `layers`, which returns afterwards."""
+    attentions = {layer: network.blocks[layer].self_attn for layer in layers}
+    before = {layer: attn.__dict__.get("forward") for layer, attn in attentions.items()}
     try:
-        for layer, block in enumerate(network.blocks):
-            block.self_attn.forward = StreamAttention(block.self_attn, layer)
+        for layer, attn in attentions.items():
+            attn.forward = StreamAttention(attn, layer)
         yield
     finally:
-        for block, forward in zip(network.blocks, before, strict=True):
-            if forward is None:
-                block.self_attn.__dict__.pop("forward", None)
+        for layer, attn in attentions.items():
+            if before[layer] is None:
+                attn.__dict__.pop("forward", None)
             else:
-                block.self_attn.forward = forward
+                attn.forward = before[layer]

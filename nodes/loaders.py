@@ -10,18 +10,20 @@ import comfy.model_management
 import comfy.sd
 import folder_paths
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import ui
 from safetensors.torch import load_file
 
 from ..sparse_attn.checkpoint import CAUSAL_AR, Checkpoint, open_checkpoint, recognise_wan
 from ..sparse_attn.presets import propose
 from ..sparse_attn.world.model import DIT_FILE, FIRST_STEPS, TEXT_FILE, VAE_FILE
 from . import session
+from .host import io, known, reads_comfy_quant, wan_vae
 from .world_clip import world_clip
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
 FOLDER, LORAS, NO_LORA = "diffusion_models", "loras", "none"
+SHIFT = 5.0  # of the Self-Forcing family's schedule
 DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
@@ -154,7 +156,7 @@ class SparseForcingWorldModel(io.ComfyNode):
             )
         model = load_causal_model(str(DIT_FILE), True, {})
         model.model_options["transformer_options"][session.FIRST_STEPS] = FIRST_STEPS
-        return io.NodeOutput(model, world_clip(load_file(TEXT_FILE)), comfy.sd.VAE(sd=load_file(VAE_FILE)))
+        return io.NodeOutput(model, world_clip(load_file(TEXT_FILE)), wan_vae(load_file(VAE_FILE)))
 
 
 def load_causal_model(
@@ -173,14 +175,20 @@ def load_causal_model(
 def host_model(checkpoint: Checkpoint, options: dict[str, Any], disable_dynamic: bool = False) -> Any:
     """The host's MODEL of an open checkpoint. Raises CheckpointError where it is no Wan text-to-video model."""
     recognise_wan(checkpoint.weights, str(checkpoint.path))
-    model = comfy.sd.load_diffusion_model_state_dict(
+    if any(name.endswith(".comfy_quant") for name in checkpoint.weights) and not reads_comfy_quant():
+        raise ValueError(
+            f"{checkpoint.path} is quantised in a way that is newer than this ComfyUI, which would make noise of it. "
+            "Update ComfyUI, or use a file in 16 bits or in fp8 with scale_weight."
+        )
+    load = comfy.sd.load_diffusion_model_state_dict
+    model = load(
         {name: checkpoint.tensor(name) for name in checkpoint.weights},
         model_options=options,
-        metadata={**checkpoint.metadata, **CAUSAL_AR},
-        disable_dynamic=disable_dynamic,
+        **known(load, metadata={**checkpoint.metadata, **CAUSAL_AR}, disable_dynamic=disable_dynamic),
     )
     if model is None:
         raise ValueError(f"ComfyUI does not recognise {checkpoint.path} as a Wan model. Update ComfyUI.")
+    model.model.model_sampling.set_parameters(shift=SHIFT)  # older hosts do not read the mark, and take 8
     return model
 
 

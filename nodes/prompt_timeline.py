@@ -10,10 +10,10 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy_api.latest import io
 from torch import Tensor
 
 from ..sparse_attn.timeline import Policy, TimedPrompt, change_prompt, parse_timeline, prompt_at, seconds_at
+from .host import io
 from .keeping import conditioning_key
 from .session import RUN
 
@@ -128,6 +128,11 @@ class PromptSwitcher:
         self.now, self.text = 0, timeline.prompts[0].text
         self.conditioning = timeline.conditionings[0]  # in force
 
+    @property
+    def may_change(self) -> bool:
+        """Whether recent frames may run again under another prompt."""
+        return self.policy != "keep" and (self.clip is not None or len(self.timeline.prompts) > 1)
+
     def resume(self, latent_frame: int, key: str) -> None:
         """Go on at `latent_frame` with a memory that was written under the conditioning of that `key`."""
         self.now = prompt_at(self.timeline.prompts, seconds_at(latent_frame, self.fps))
@@ -186,6 +191,7 @@ class PromptSwitcher:
         for old, new in zip(before, positive, strict=True):
             new["uuid"] = old["uuid"]  # the key of its memory
         guider.conds["positive"], self.conditioning = positive, conditioning
+        run.forget_prompts()
         states = list(run.states.values())
         change_prompt(
             self._denoise(run), run, states, lambda *span: self.recent(*span).to(device), policy,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
+from .host import io
 from .streaming import StreamSampler
 
 

@@ -8,6 +8,7 @@ above 1, prompt and negative prompt each keep their own keys and values.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,29 +16,41 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ..sparse_attn.config import AttentionConfig
+from ..sparse_attn.frame_cache import RECENT_FRAMES
 from ..sparse_attn.state import StreamState
+from .fast_pass import HostFastPass
 
 RUN = "sparse_forcing"
 PASS = "sparse_forcing_pass"
 ATTENTION = "sparse_forcing_attention"
+FAST = "sparse_forcing_fast_pass"  # whether the fast pass may serve; missing: it may
 FIRST_STEPS = "sparse_forcing_first_steps"  # what the loaded model wants for the opening chunk
+UNDECIDED = object()
 PATCH_TOKENS = 2  # latent values a token spans, in height and in width
 
 
 class SamplingRun:
     """The memory of one sampling run, grown as the host's first forward reveals batch, grid and conditioning.
 
-    `total_frames` (latent) is what mode "dense" allocates for. Implements the memory side of `rollout.stream`:
+    `total_frames` (latent) is what mode "dense" allocates for. `reserve_bytes`: device memory needed beside the model.
+    `rereads`: the prompt may change, and the recent frames run again. Implements the memory side of `rollout.stream`:
     `begin_chunk(frames)` and `end_chunk()`.
     """
 
     def __init__(
-        self, attention: AttentionConfig, chunk_frames: int, total_frames: int, reserve_bytes: int = 0
+        self,
+        attention: AttentionConfig,
+        chunk_frames: int,
+        total_frames: int,
+        reserve_bytes: int = 0,
+        rereads: bool = False,
     ):
         attention.validate(chunk_frames)
         self.attention, self.chunk_frames, self.total_frames = attention, chunk_frames, total_frames
-        self.reserve_bytes = reserve_bytes
+        self.reserve_bytes, self.rereads = reserve_bytes, rereads
+        self.retaken: set[int] = set()  # layers that another pack took and this run took back
         self.guided = True  # whether the negative side is evaluated, too
+        self.fast: Any = UNDECIDED  # this run's HostFastPass; None: the host's own layers
         self.states: dict[Hashable, StreamState] = {}
         self.frame = 0
         self._frames = 0
@@ -50,6 +63,14 @@ class SamplingRun:
             return state.t_start
         return self.frame
 
+    @property
+    def longest_pass(self) -> int:
+        """Latent frames of the longest pass: a chunk, or what a change of the prompt reads again at once."""
+        if not self.rereads or self.attention.mode == "sparse":
+            return self.chunk_frames
+        recent = RECENT_FRAMES if self.attention.mode == "dense" else self.attention.window_frames
+        return max(self.chunk_frames, min(recent, self.total_frames))
+
     def begin_chunk(self, frames: int) -> None:
         self._frames = frames
         for state in self.states.values():
@@ -58,6 +79,11 @@ class SamplingRun:
     def begin_pass(self) -> None:
         """Forget which entries have been seen; call before every model call."""
         self._seen.clear()
+
+    def forget_prompts(self) -> None:
+        """Say that a conditioning has changed behind its key."""
+        if isinstance(self.fast, HostFastPass):
+            self.fast.forget_prompts()
 
     def end_chunk(self) -> None:
         """Keep the chunk just written. The clean pass must have covered every entry, or a cache would hold noise."""
@@ -73,6 +99,7 @@ class SamplingRun:
     def close(self) -> None:
         """Give the memory back; the run could start anew."""
         self.states.clear()
+        self.fast = UNDECIDED
         self.frame = 0
 
     def states_for(self, keys: list[Hashable], network: Any, x: Tensor) -> list[StreamState]:
@@ -120,18 +147,22 @@ class ForwardPass:
 
     def __init__(self, states: list[StreamState], freqs: Tensor, transformer_options: dict[str, Any]):
         self.states, self.freqs, self.transformer_options = states, freqs, transformer_options
+        self.layers: set[int] = set()  # that have attended
         for state in states:
-            state.dense_attention = self._host_attention
+            # not a method of this object: a cycle would keep the memory until the garbage is collected
+            state.dense_attention = partial(_host_attention, transformer_options)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotated q, k and v [rows, N, H, D] -> attention output of the same shape; writes the chunk's pages."""
+        self.layers.add(layer)
         if len(self.states) == 1:
             return self.states[0].attend(layer, q, k, v)
         rows = zip(*(t.chunk(len(self.states)) for t in (q, k, v)), strict=True)
         return torch.cat([state.attend(layer, *row) for state, row in zip(self.states, rows, strict=True)])
 
-    def _host_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = q.shape[2]
-        flat = (t.flatten(2) for t in (q, k, v))
-        out = optimized_attention(*flat, heads=heads, transformer_options=self.transformer_options)
-        return out.unflatten(2, (heads, -1))
+
+def _host_attention(transformer_options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads = q.shape[2]
+    flat = (t.flatten(2) for t in (q, k, v))
+    out = optimized_attention(*flat, heads=heads, transformer_options=transformer_options)
+    return out.unflatten(2, (heads, -1))

@@ -1,4 +1,8 @@
-"""Where the real host is: COMFYUI_PATH (default ~/ComfyUI) and COMFYUI_PYTHON (default ~/comfy-venv's).
+"""Where the real hosts are.
+
+The current one: COMFYUI_PATH (default ~/ComfyUI) and COMFYUI_PYTHON (default ~/comfy-venv's). An older one, which the
+pack must run on as well: COMFYUI_OLDER_PATH (default ~/ComfyUI-0.3.64) and COMFYUI_OLDER_PYTHON (default
+~/comfy-venv-0364's).
 
 ComfyUI's code runs in processes of that Python only, never in the tests' own. Tests that need it are marked `comfy` and
 say why they are skipped where it is missing.
@@ -14,6 +18,14 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+sys.path.insert(0, str(Path(__file__).parent))  # this folder's helper module, serving.py
+
+# Which host -> the beginning of its two variables, its default folder and its default virtual environment.
+HOSTS = {
+    "current": ("COMFYUI", "ComfyUI", "comfy-venv"),
+    "older": ("COMFYUI_OLDER", "ComfyUI-0.3.64", "comfy-venv-0364"),
+}
 
 
 class Host(NamedTuple):
@@ -32,24 +44,34 @@ class Host(NamedTuple):
         return {**os.environ, "PYTHONPATH": str(blocked), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def find_host() -> Host | str:
-    """The host, or why there is none."""
-    path = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+def find_host(which: str = "current") -> Host | str:
+    """One of HOSTS, or why it is not there."""
+    variable, folder, environment = HOSTS[which]
+    path = Path(os.environ.get(f"{variable}_PATH", Path.home() / folder))
     if not (path / "main.py").is_file():
-        return f"no ComfyUI at {path}: set COMFYUI_PATH to a checkout"
-    python = os.environ.get("COMFYUI_PYTHON")
+        return f"no ComfyUI at {path}: set {variable}_PATH to a checkout"
+    python = os.environ.get(f"{variable}_PYTHON")
     if python is None:
-        venv = Path.home() / "comfy-venv"
+        venv = Path.home() / environment
         candidates = (venv / "bin" / "python", venv / "Scripts" / "python.exe", Path(sys.executable))
         python = str(next(p for p in candidates if p.is_file()))
     if not Path(python).is_file():
-        return f"no Python at {python}: set COMFYUI_PYTHON to one with ComfyUI's requirements"
+        return f"no Python at {python}: set {variable}_PYTHON to one with ComfyUI's requirements"
     return Host(path, python)
+
+
+def host_or_skip(which: str) -> Host:
+    found = find_host(which)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @pytest.fixture(scope="session")
 def host() -> Host:
-    found = find_host()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    return host_or_skip("current")
+
+
+@pytest.fixture(scope="session")
+def older_host() -> Host:
+    return host_or_skip("older")

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
+import comfy.k_diffusion.sampling
 import comfy.samplers
 import comfy.sd
 import torch
 from run_checks import PACK
 
 SIGMAS = torch.tensor([1.0, 0.9375, 0.8333333, 0.625, 0.0])
+
+
+MODES = {
+    "window": {"mode": "window", "window_frames": 6, "sink_frames": 1},
+    "window, rebased": {"mode": "window", "window_frames": 6, "sink_frames": 3, "positions": "rebased"},
+    "sparse": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3},
+    "sparse, rebased": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3, "positions": "rebased"},
+}
+
+
+class Lacks(Exception):
+    """Raised by a check that asks for what this host does not have, or what is not on this machine."""
 
 
 def pack(name: str):
@@ -26,11 +42,22 @@ def tiny_state_dict(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def tiny_model(causal: bool = True):
-    metadata = pack("sparse_attn.checkpoint").CAUSAL_AR if causal else None
-    model = comfy.sd.load_diffusion_model_state_dict(tiny_state_dict(), metadata=metadata)
-    network = model.model.diffusion_model
-    assert type(network).__name__ == ("CausalWanModel" if causal else "WanModel")
-    return model
+    """The host's MODEL of a random Wan: its autoregressive class where it has one, or plain."""
+    if not causal:
+        model = comfy.sd.load_diffusion_model_state_dict(tiny_state_dict())
+        assert type(model.model.diffusion_model).__name__ == "WanModel"
+        return model
+    checkpoint = pack("sparse_attn.checkpoint").Checkpoint(Path("tiny"), tiny_state_dict())
+    return pack("nodes.loaders").host_model(checkpoint, {})
+
+
+def causal_class() -> str:
+    """The class of the networks that our loader makes in this host."""
+    return "CausalWanModel" if has_ar_sampler() else "WanModel"
+
+
+def has_ar_sampler() -> bool:
+    return hasattr(comfy.k_diffusion.sampling, "sample_ar_video")
 
 
 def add_lora(model):
@@ -47,9 +74,12 @@ def add_lora(model):
     return patched
 
 
+ROWS = 64  # of a prompt; Wan's have 512, which would be most of a tiny model's time
+
+
 def prompt(seed: int):
     torch.manual_seed(seed)
-    rows = torch.zeros(1, 512, 4096)
+    rows = torch.zeros(1, ROWS, 4096)
     rows[:, :7] = torch.randn(1, 7, 4096)
     return [[rows, {}]]
 
@@ -68,6 +98,9 @@ def sample(model, sampler, x, cfg: float = 1.0, seed: int = 3, sigmas=SIGMAS, re
 
 
 def core_sampler(chunk: int):
+    """The host's own autoregressive sampler."""
+    if not has_ar_sampler():
+        raise Lacks("ComfyUI's own autoregressive sampler, which came with 0.21")
     return comfy.samplers.ksampler("ar_video", {"num_frame_per_block": chunk})
 
 
@@ -78,6 +111,65 @@ def our_sampler(chunk: int):
 def apply(model, **settings):
     config = pack("sparse_attn.config").AttentionConfig(**settings)
     return pack("nodes.hooks").patch_model(model, config)
+
+
+def rollout_without_host(
+    x: torch.Tensor, chunk: int, cfg: float, sd=None, sigmas=SIGMAS, **settings
+) -> torch.Tensor:
+    """The same video by the pack's own backbone: one state for the prompt, one for the negative prompt.
+
+    sd: the weights, instead of `tiny_state_dict`'s.
+    """
+    wan, state, rollout = (pack(f"sparse_attn.{name}") for name in ("wan", "state", "rollout"))
+    config = pack("sparse_attn.config")
+    model = wan.WanModel.from_state_dict(tiny_state_dict() if sd is None else sd)
+    batch, _, frames, height, width = x.shape
+    sides = []
+    for seed in (1, 2) if cfg != 1 else (1,):
+        memory = state.StreamState(
+            layers=2,
+            heads=2,
+            head_dim=128,
+            grid=(height // 2, width // 2),
+            chunk_frames=chunk,
+            attention=config.AttentionConfig(**settings),
+            batch=batch,
+            total_frames=frames,
+        )
+        sides.append((memory, model.cross_kv(prompt(seed)[0][0].expand(batch, -1, -1))))
+
+    class Both:
+        frame = property(lambda self: sides[0][0].frame)
+
+        def begin_chunk(self, n):
+            [memory.begin_chunk(n) for memory, _ in sides]
+
+        def end_chunk(self):
+            [memory.end_chunk() for memory, _ in sides]
+
+    def denoise(latent, sigma):
+        t = wan.frame_timesteps(sigma, batch, latent.shape[2], "cpu")
+        x0 = [latent - sigma * model(latent, t, kv, memory.attend, memory.t_start) for memory, kv in sides]
+        return x0[0] if cfg == 1 else x0[1] + cfg * (x0[0] - x0[1])
+
+    schedule = config.SamplerConfig(sigmas=tuple(sigmas[:-1].tolist()), chunk_frames=chunk)
+    with torch.inference_mode():
+        chunks = rollout.stream(denoise, Both(), schedule, noise=x, seed=3)
+        latent = torch.cat([chunk.latent for chunk in chunks], dim=2)
+    return tiny_model().model.process_latent_out(latent)
+
+
+@contextmanager
+def warnings_said():
+    """What the pack's nodes warn of meanwhile, as a list of texts."""
+    said, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("sparse_forcing.nodes")
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -99,7 +191,7 @@ def fails(message: str, function, *args, **kwargs) -> None:
 def tiny_vae():
     """A random Wan 2.1 VAE of width 4 as the host's VAE."""
     torch.manual_seed(2)
-    return comfy.sd.VAE(sd=pack("sparse_attn.vae").WanVAE(dim=4).state_dict())
+    return pack("nodes.host").wan_vae(pack("sparse_attn.vae").WanVAE(dim=4).state_dict())
 
 
 def stream_video(model, vae, node=None, **changes):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.samplers
 import torch
-from checks_common import SIGMAS, apply, fails, noise, our_sampler, prompt, sample, tiny_model
+from checks_common import (
+    SIGMAS,
+    Lacks,
+    apply,
+    fails,
+    noise,
+    our_sampler,
+    pack,
+    prompt,
+    sample,
+    tiny_model,
+    warnings_said,
+)
 
 
 def check_memory_asked_for_is_a_chunk_and_the_caches():
@@ -23,10 +34,10 @@ def check_memory_asked_for_is_a_chunk_and_the_caches():
     comfy.model_management.load_models_gpu = spy
     try:
         for cfg in (1.0, 2.0):
-            sample(model, our_sampler(3), noise(30), cfg=cfg)
+            sample(model, our_sampler(3), noise(12), cfg=cfg)
     finally:
         comfy.model_management.load_models_gpu = real
-    run = our_sampler(3).open_run(model.model_options["transformer_options"], (1, 16, 30, 8, 12))
+    run = our_sampler(3).open_run(model.model_options["transformer_options"], (1, 16, 12, 8, 12))
     state = run.new_state(model.model.diffusion_model, (8, 12), 1, torch.float32, "cpu")
     chunk = model.model.memory_required([1, 16, 3, 8, 12])
     for sides, bytes_asked in zip((1, 2), asked):
@@ -34,6 +45,29 @@ def check_memory_asked_for_is_a_chunk_and_the_caches():
             asked,
             state.nbytes,
         )
+
+
+def check_memory_asked_for_covers_frames_that_run_again():
+    config, streaming = pack("sparse_attn.config"), pack("nodes.streaming")
+    window = config.AttentionConfig(mode="window", window_frames=9)
+    for attention, total, rereads, frames in (
+        (window, 30, False, 3),
+        (window, 30, True, 9),
+        (window, 6, True, 6),
+        (config.AttentionConfig(mode="dense"), 30, True, 12),
+        (config.AttentionConfig(mode="dense"), 30, False, 3),
+        (config.AttentionConfig(mode="sparse"), 30, True, 3),  # chunk by chunk
+    ):
+        model = apply(tiny_model())
+        options = model.model_options["transformer_options"] | {"sparse_forcing_attention": attention}
+        run = streaming.StreamSampler(3, rereads=rereads).open_run(options, (1, 16, total, 8, 12))
+        assert run.longest_pass == frames, (attention.mode, total, rereads)
+        run.guided = False
+        positive = {"positive": [{}]}
+        shape = pack("nodes.hooks")._reserving_shape(run, model, (1, 16, total, 8, 12), positive)
+        state = run.new_state(model.model.diffusion_model, (8, 12), 1, torch.float32, "cpu")
+        asked, whole = model.model.memory_required(shape), model.model.memory_required([1, 16, frames, 8, 12])
+        assert whole + state.nbytes <= asked <= whole + state.nbytes + whole / frames
 
 
 def check_progress_counts_every_pass():
@@ -65,22 +99,17 @@ def check_interrupt_stops_between_passes():
 
 
 def check_positions_beyond_the_trained_range_are_warned_of():
-    said = []
-    logger = logging.getLogger("sparse_forcing.nodes")
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger.addHandler(handler)
-    try:
+    with warnings_said() as said:
         for positions in ("absolute", "rebased"):
             model = apply(tiny_model(), positions=positions)
             our_sampler(3).open_run(model.model_options["transformer_options"], (1, 16, 1026, 8, 12))
-    finally:
-        logger.removeHandler(handler)
     assert len(said) == 1 and said[0].startswith("1026 latent frames with positions 'absolute'"), said
 
 
 def check_clones_on_new_weights_use_those_weights():
     model, other = apply(tiny_model(), mode="dense"), tiny_model()
+    if not hasattr(other, "get_clone_model_override"):
+        raise Lacks("clones of a MODEL on other weights")
     clone = model.clone(model_override=other.get_clone_model_override())
     for layer, block in enumerate(other.model.diffusion_model.blocks):
         patch = clone.object_patches[f"diffusion_model.blocks.{layer}.self_attn.forward"]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import comfy.samplers
 import torch
 from checks_common import (
-    SIGMAS,
+    MODES,
     add_lora,
     apply,
     close,
     core_sampler,
     noise,
     our_sampler,
-    pack,
     prompt,
+    rollout_without_host,
     sample,
     tiny_model,
-    tiny_state_dict,
 )
 
 CHUNKS = (1, 3)
@@ -80,55 +79,6 @@ def check_global_random_state_is_untouched():
     assert torch.equal(torch.get_rng_state(), after)
 
 
-def rollout_without_host(x: torch.Tensor, chunk: int, cfg: float, **settings) -> torch.Tensor:
-    """The same video by the pack's own backbone: one state for the prompt, one for the negative prompt."""
-    wan, state, rollout = (pack(f"sparse_attn.{name}") for name in ("wan", "state", "rollout"))
-    config = pack("sparse_attn.config")
-    model = wan.WanModel.from_state_dict(tiny_state_dict())
-    batch, _, frames, height, width = x.shape
-    sides = []
-    for seed in (1, 2) if cfg != 1 else (1,):
-        memory = state.StreamState(
-            layers=2,
-            heads=2,
-            head_dim=128,
-            grid=(height // 2, width // 2),
-            chunk_frames=chunk,
-            attention=config.AttentionConfig(**settings),
-            batch=batch,
-            total_frames=frames,
-        )
-        sides.append((memory, model.cross_kv(prompt(seed)[0][0].expand(batch, -1, -1))))
-
-    class Both:
-        frame = property(lambda self: sides[0][0].frame)
-
-        def begin_chunk(self, n):
-            [memory.begin_chunk(n) for memory, _ in sides]
-
-        def end_chunk(self):
-            [memory.end_chunk() for memory, _ in sides]
-
-    def denoise(latent, sigma):
-        t = wan.frame_timesteps(sigma, batch, latent.shape[2], "cpu")
-        x0 = [latent - sigma * model(latent, t, kv, memory.attend, memory.t_start) for memory, kv in sides]
-        return x0[0] if cfg == 1 else x0[1] + cfg * (x0[0] - x0[1])
-
-    schedule = config.SamplerConfig(sigmas=tuple(SIGMAS[:-1].tolist()), chunk_frames=chunk)
-    with torch.inference_mode():
-        chunks = rollout.stream(denoise, Both(), schedule, noise=x, seed=3)
-        latent = torch.cat([chunk.latent for chunk in chunks], dim=2)
-    return tiny_model().model.process_latent_out(latent)
-
-
-MODES = {
-    "window": {"mode": "window", "window_frames": 6, "sink_frames": 1},
-    "window, rebased": {"mode": "window", "window_frames": 6, "sink_frames": 3, "positions": "rebased"},
-    "sparse": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3},
-    "sparse, rebased": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3, "positions": "rebased"},
-}
-
-
 def check_modes_equal_the_pack_without_a_host():
     model, x = tiny_model(), noise(15)
     dense = sample(model, our_sampler(3), x)
@@ -138,21 +88,12 @@ def check_modes_equal_the_pack_without_a_host():
         assert (got - dense).abs().max() > 1e-3, f"{name} attended to everything"
 
 
-def check_cfg_keeps_two_caches():
+def check_cfg_keeps_two_caches_of_a_batch():
     model, x = tiny_model(), noise(9, batch=2)
-    settings = {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3}
-    got = sample(apply(model, **settings), our_sampler(3), x, cfg=3.0)
-    close(got, rollout_without_host(x, 3, 3.0, **settings), 1e-4)
-    assert (got - sample(apply(model, **settings), our_sampler(3), x)).abs().max() > 1e-3
-
-
-def check_attention_overrides_of_other_nodes_apply_to_dense():
-    model, calls = apply(tiny_model(), mode="window"), []
-
-    def override(function, *args, **kwargs):
-        calls.append(args[1].shape[1])
-        return function(*args, **kwargs)
-
-    model.model_options["transformer_options"]["optimized_attention_override"] = override
-    sample(model, our_sampler(3), noise(6))
-    assert 6 * 4 * 6 in calls, sorted(set(calls))  # 6 frames of 4 x 6 tokens as keys of one call
+    for mode in ("sparse", "window", "dense"):
+        settings = {**MODES.get(mode, {}), "mode": mode}
+        got = sample(apply(model, **settings), our_sampler(3), x, cfg=3.0)
+        close(got, rollout_without_host(x, 3, 3.0, **settings), 1e-4)
+        assert (got - sample(apply(model, **settings), our_sampler(3), x)).abs().max() > 1e-3
+        other = torch.cat([x[:1], -x[1:]])
+        close(sample(apply(model, **settings), our_sampler(3), other, cfg=3.0)[:1], got[:1])

@@ -1,8 +1,11 @@
 """Runs inside ComfyUI's Python, in a process of its own: the nodes against the host's own code.
 
-    python run_checks.py COMFYUI PACK_ROOT  ->  one JSON line {check: "ok" or what went wrong, "new_libraries": [...]}
+    python run_checks.py COMFYUI PACK_ROOT [GROUP, CHECK or --option ...]
+        -> one JSON line {check: "ok", LACKS + why it cannot be run here, or what went wrong, "new_libraries": [...]}
 
-Every function `check_*` of the files `checks_*.py` is one check; `test_host.py` starts this once and reports each.
+Every function `check_*` of the files `checks_*.py` is one check; `test_host.py` starts this once a host and reports
+each. GROUP is a file's name without `checks_`, CHECK a function's without `check_`; none means all.
+--option is one of ComfyUI's own.
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ import unittest.mock
 from pathlib import Path
 
 PACK = "sparse-forcing"  # any name, as ComfyUI gives it the folder's
-GROUPS = ("sampling", "contract", "video", "live", "session", "loaders")
+LACKS = "this ComfyUI lacks "
+GROUPS = sorted(path.stem.removeprefix("checks_") for path in Path(__file__).parent.glob("checks_*.py"))
 
 
-def start_host(comfyui: str, folder: str) -> None:
+def start_host(comfyui: str, folder: str, options: list[str]) -> None:
     """Make ComfyUI importable, on the CPU, with its outputs in `folder`."""
     sys.path.insert(0, comfyui)
-    sys.argv = ["main.py", "--cpu"]
+    sys.argv = ["main.py", "--cpu", *options]
     import comfy.options
 
     comfy.options.enable_args_parsing()
     import folder_paths
+    import utils.extra_config  # noqa: F401 - as main.py does, before comfy/ and its utils.py stand on sys.path
 
     folder_paths.set_output_directory(folder)
     folder_paths.set_temp_directory(folder)
@@ -56,14 +61,18 @@ def new_libraries(root: str) -> list[str]:
     return sorted(name for name in set(sys.modules) - before if name.partition(".")[0] != PACK)
 
 
-def run(group: str) -> dict[str, str]:
+def run(group: str, wanted: set[str]) -> dict[str, str]:
+    from checks_common import Lacks
+
     results = {}
     for name, check in vars(importlib.import_module(f"checks_{group}")).items():
-        if name.startswith("check_"):
+        if name.startswith("check_") and (not wanted or {group, name.removeprefix("check_")} & wanted):
             began = time.perf_counter()
             try:
                 check()
                 results[name] = "ok"
+            except Lacks as lacks:
+                results[name] = f"{LACKS}{lacks}"
             except Exception:
                 results[name] = traceback.format_exc()
             sys.stderr.write(f"{time.perf_counter() - began:6.1f} s  {name}\n")
@@ -71,11 +80,11 @@ def run(group: str) -> dict[str, str]:
 
 
 def main() -> None:
-    comfyui, root = sys.argv[1:]
+    comfyui, root, *wanted = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
-        start_host(comfyui, folder)
+        start_host(comfyui, folder, [word for word in wanted if word.startswith("--")])
         results = {"new_libraries": new_libraries(root)}
-        results |= {name: said for group in GROUPS for name, said in run(group).items()}
+        results |= {name: said for group in GROUPS for name, said in run(group, set(wanted)).items()}
     sys.stdout.write(json.dumps(results))
 
 
