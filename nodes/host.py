@@ -7,6 +7,7 @@ only explain or tidy a node: they are left out there. Node modules take `io` fro
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-try:
-    import comfy.taesd.taehv as tiny_vae  # of TAEHV's shape, from 0.3.75 or so on
-except ImportError:
-    tiny_vae = None
+tiny_vae: Any = sys.modules.get("comfy.taesd.taehv")  # of TAEHV's shape; an older host has no loader for it
 
 PUBLISHED_WIDTH = 96  # of Wan 2.1's own VAE
 

@@ -1,6 +1,8 @@
 """The names, versions and lists that are written in more than one place say the same."""
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def test_the_archive_keeps_what_the_pack_needs():
     left_out = set(lines(".comfyignore"))
     assert not left_out & {f"{name}/" for name in (*ROOMS, "web", "workflows")}
     for name in left_out:
-        assert list(ROOT.glob(name.rstrip("/"))), f".comfyignore names {name}, which is not there"
+        assert list(ROOT.glob(name.strip("!/"))), f".comfyignore names {name}, which is not there"
 
 
 def test_the_demos_prompt_is_a_scene_of_the_world(run):
@@ -90,3 +92,20 @@ def test_links_between_the_documents_lead_somewhere():
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"
+
+
+@pytest.mark.skipif(
+    shutil.which("git") is None, reason="git, which reads the ignore file here, is not installed"
+)
+def test_the_archive_holds_the_help_pages_and_not_the_documents(tmp_path):
+    """The registry reads .comfyignore as git reads .gitignore, where `docs/` means a folder at any depth."""
+    shutil.copy(ROOT / ".comfyignore", tmp_path / ".gitignore")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+
+    def ignored(path: Path) -> bool:
+        name = path.relative_to(ROOT).as_posix()
+        return subprocess.run(["git", "check-ignore", "-q", name], cwd=tmp_path, check=False).returncode == 0
+
+    shipped = [*ROOT.glob("web/**/*.md"), *ROOT.glob("web/**/*.js"), *ROOT.glob("workflows/**/*.json")]
+    assert len(shipped) > 20 and not [path for path in shipped if ignored(path)]
+    assert ignored(ROOT / "docs" / "speed.md") and ignored(ROOT / "tests" / "conftest.py")

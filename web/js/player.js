@@ -158,6 +158,7 @@ class Player {
     this.scrub.oninput = () => this.seek(Number(this.scrub.value));
     this.stop.onclick = () => this.requestStop();
     this.send.onclick = () => this.requestPrompt();
+    this.root.prepend(element("style", {}, STYLE)); // its own, so that the page's head stays the host's
     this.root.onkeydown = (event) => this.key(event);
     this.root.onpointerdown = (event) => event.stopPropagation(); // dragging the bar does not drag the node
     this.setPlaying(true);
@@ -349,7 +350,6 @@ app.registerExtension({
   name: "sparseforcing.player",
 
   setup() {
-    document.head.append(element("style", {}, STYLE));
     api.addEventListener("sparse_forcing.chunk", (event) => playerOf(event)?.chunk(event.detail));
     api.addEventListener("sparse_forcing.note", (event) => playerOf(event)?.say(event.detail.text));
     api.addEventListener("sparse_forcing.end", (event) => playerOf(event)?.end(event.detail));
