@@ -54,7 +54,7 @@ def test_what_the_node_registry_asks_for():
     assert comfy["PublisherId"]
     assert comfy["DisplayName"] == "Sparse Forcing"
     assert comfy["Icon"].startswith("https://")
-    assert comfy["requires-comfyui"] == ">=0.33.0"
+    assert comfy["requires-comfyui"] == ">=0.3.64"
     assert PROJECT["requires-python"] == ">=3.10"
     assert (ROOT / PROJECT["license"]["file"]).read_text(encoding="utf-8").count("Apache License") >= 2
     assert (ROOT / PROJECT["readme"]).is_file()

@@ -358,15 +358,16 @@ def check_gguf_files_through_a_gguf_loader():
             meant = write_gguf(folder / f"{kind}.gguf", sd, kind, set(matrices(sd)).__contains__)
             with torch.inference_mode():
                 (model,) = loader().load_unet(f"{kind}.gguf", dequant_dtype="float32")
-                (usual,) = loader().load_unet(f"{kind}.gguf")
             assert type(model.model.diffusion_model).__name__ == "WanModel"
             for patched in (model, apply(model, mode="dense")):
                 close(generated(patched), expected(meant))
             report(f"GGUF {kind} against float32", error(generated(model), video))
-            report(f"GGUF {kind}, made 16 bits by its loader", error(generated(usual), expected(meant)))
-            assert error(generated(usual), expected(meant)) < 2e-3
             sparse = sample(apply(model, **SPARSE), our_sampler(3), noise(9), cfg=3.0)
             close(sparse, rollout_without_host(noise(9), 3, 3.0, meant, **SPARSE), 1e-4)
+            with torch.inference_mode():  # only now: the loader keeps its precision for all models at once
+                (usual,) = loader().load_unet(f"{kind}.gguf")
+            report(f"GGUF {kind}, made 16 bits by its loader", error(generated(usual), expected(meant)))
+            assert error(generated(usual), expected(meant)) < 2e-3
         fails("A GGUF file opens in a GGUF loader", load, "Q8_0.gguf")
 
 
