@@ -60,7 +60,11 @@ class SparseForcingStreamVideo(io.ComfyNode):
                 ),
                 io.Conditioning.Input("positive", tooltip="What the video shows."),
                 io.Vae.Input(
-                    "vae", tooltip="The Wan 2.1 VAE. Each chunk is decoded as soon as it is finished."
+                    "vae",
+                    tooltip=(
+                        "The Wan 2.1 VAE, or a tiny one for speed (taew2_1, lighttaew2_1). Each chunk is decoded as "
+                        "soon as it is finished."
+                    ),
                 ),
                 io.Int.Input(
                     "width",

@@ -72,6 +72,10 @@ def test_front_end_gets_help_and_templates(server):
         assert server.get(f"{address}/{page.parent.name}/en.md") == page.read_text(encoding="utf-8")
     templates = server.get("/workflow_templates")[FOLDER]
     assert sorted(templates) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    languages = server.get("/i18n")
+    for path in (ROOT / "locales").glob("*/nodeDefs.json"):
+        ours = json.loads(path.read_text(encoding="utf-8"))
+        assert ours.items() <= languages[path.parent.name]["nodeDefs"].items()
 
 
 def test_world_model_demo_streams_a_video(server):
