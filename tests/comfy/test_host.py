@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import host_or_skip
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -38,8 +39,6 @@ pytestmark = pytest.mark.comfy
 
 def run_checks(which: str, blocked: Path, *wanted: str) -> dict[str, Any]:
     """Check -> "ok" or its traceback, from one process of a host; `wanted` is handed to `run_checks.py`."""
-    from conftest import host_or_skip
-
     host = host_or_skip(which)
     done = subprocess.run(
         [host.python, str(HERE / "host" / "run_checks.py"), str(host.path), str(ROOT), *wanted],
