@@ -40,7 +40,7 @@ def inference_dtype(base: Any) -> torch.dtype:
 
 
 def reads_comfy_quant() -> bool:
-    """Whether the host reads weights in the 8 and 4 bits that ComfyUI itself writes (`comfy_quant`, since 0.4)."""
+    """Whether the host reads weights in the 8 and 4 bits that ComfyUI itself writes (`comfy_quant`)."""
     return hasattr(comfy.ops, "mixed_precision_ops")
 
 
