@@ -79,7 +79,7 @@ def test_ignore_files_name_folders_plainly(name):
 
 def test_the_archive_keeps_what_the_pack_needs():
     left_out = set(lines(".comfyignore"))
-    assert not left_out & {f"{name}/" for name in (*ROOMS, "web", "workflows")}
+    assert not left_out & {f"{name}/" for name in (*ROOMS, "web", "workflows", "locales")}
     for name in left_out:
         assert list(ROOT.glob(name.strip("!/"))), f".comfyignore names {name}, which is not there"
 
