@@ -133,7 +133,8 @@ def test(rest: list[str]) -> int:
     """The linters, then pytest. Its exit code counts; a clean pytest does not hide a linter's complaint."""
     linted = lint()
     print("pytest", flush=True)
-    code = call([python(), "-m", "pytest", "-ra", *rest], cwd=ROOT)
+    # Two files at a time: most tests keep one core busy, and the servers of some wait more than they work.
+    code = call([python(), "-m", "pytest", "-ra", "-n", "2", "--dist", "loadfile", *rest], cwd=ROOT)
     if linted:
         print("The linters complained: see the lines above pytest's.", file=sys.stderr)
     return code or linted

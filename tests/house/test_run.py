@@ -101,7 +101,7 @@ def test_test_runs_the_linters_and_pytest_with_reasons(run, monkeypatch):
     prepared, *started = commands(run, monkeypatch, "test", "-k", "video")
     assert prepared == ["test"]
     assert [command[2] for command in started] == ["ruff", "mypy", "pytest"]
-    assert started[-1] == [run.python(), "-m", "pytest", "-ra", "-k", "video"]
+    assert started[-1] == [run.python(), "-m", "pytest", "-ra", "-n", "2", "--dist", "loadfile", "-k", "video"]
 
 
 @pytest.mark.parametrize("codes", [(0, 0, 5), (1, 0, 5), (1, 0, 0), (0, 1, 0)])
