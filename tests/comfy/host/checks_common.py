@@ -20,6 +20,7 @@ SIGMAS = torch.tensor([1.0, 0.9375, 0.8333333, 0.625, 0.0])
 MODES = {
     "window": {"mode": "window", "window_frames": 6, "sink_frames": 1},
     "window, rebased": {"mode": "window", "window_frames": 6, "sink_frames": 3, "positions": "rebased"},
+    "window, moving sink": {"mode": "window", "window_frames": 6, "sink_frames": 3, "sink_ema": 0.5},
     "sparse": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3},
     "sparse, rebased": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3, "positions": "rebased"},
 }
