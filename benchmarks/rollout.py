@@ -34,7 +34,7 @@ import tempfile
 import time
 import traceback
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -296,8 +296,8 @@ class FullSize:
             return None
         return float((flow - self.first_flow).norm() / self.first_flow.norm())
 
-    def roll(self, run: Callable, memory, chunks: int, keep: bool = False) -> list[float]:
-        """Milliseconds of each chunk of a stream from an empty memory; with `keep` the memory is left as it is."""
+    def chunks(self, run: Callable, memory, count: int) -> Iterator:
+        """The chunks of a stream from an empty memory."""
         size = self.size
 
         @torch.no_grad()
@@ -305,11 +305,14 @@ class FullSize:
             return x - sigma * run(x, sigma, self.cross_kv).float()
 
         memory.reset()
-        stream_ = stream(
+        yield from stream(
             denoise, memory, self.sampler, shape=(1, 16, size.height // 8, size.width // 8),
-            total_frames=chunks * size.chunk, device=self.device,
+            total_frames=count * size.chunk, device=self.device,
         )  # fmt: skip
-        times = [done.seconds * 1000 for done in stream_]
+
+    def roll(self, run: Callable, memory, chunks: int, keep: bool = False) -> list[float]:
+        """Milliseconds of each chunk of a stream from an empty memory; with `keep` the memory is left as it is."""
+        times = [done.seconds * 1000 for done in self.chunks(run, memory, chunks)]
         if not keep:
             memory.reset()
         return times
@@ -389,18 +392,9 @@ class FullSize:
                 self.decode(latent)
             return time.perf_counter()
 
-        @torch.no_grad()
-        def denoise(x: Tensor, sigma: float) -> Tensor:
-            return x - sigma * run(x, sigma, self.cross_kv).float()
-
-        memory.reset()
         shown, began, waiting = [], time.perf_counter(), None
-        chunks = stream(
-            denoise, memory, self.sampler, shape=(1, 16, size.height // 8, size.width // 8),
-            total_frames=(fill + self.steady) * size.chunk, device=self.device,
-        )  # fmt: skip
         with ThreadPoolExecutor(1) as thread:
-            for chunk in chunks:
+            for chunk in self.chunks(run, memory, fill + self.steady):
                 if waiting is not None:
                     shown.append(waiting.result())  # never more than one chunk behind
                 ready = torch.cuda.current_stream().record_event() if cuda else None

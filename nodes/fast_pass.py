@@ -41,7 +41,7 @@ class HostFastPass:
         self.borrowed = [p for p in network.parameters() if p.device == x.device]
         # the host's weights stay as they are: a joint product for q, k and v would hold them twice
         self.model = FastModel(WanModel.from_state_dict(weights, share=True), FastOptions(fuse_qkv=False))
-        self.passes: dict[int, FastPass] = {}
+        self.passes: dict[Hashable, FastPass] = {}  # by conditioning, as the run's states are
         self.prompts: dict[Hashable, CrossKV] = {}
 
     def forget_prompts(self) -> None:
@@ -68,8 +68,10 @@ class HostFastPass:
         if key not in self.prompts:
             with torch.inference_mode(False), torch.no_grad():
                 self.prompts[key] = self.model.model.cross_kv(context.clone())
-        run = self.passes.setdefault(id(state), FastPass(self.model, state))
-        return run.at(x, timestep, self.prompts[key], clean=False)  # no option in use makes a difference
+        if key not in self.passes:
+            self.passes[key] = FastPass(self.model, state)
+        # `clean` matters to options that share work between passes; none of them is in use
+        return self.passes[key].at(x, timestep, self.prompts[key], clean=False)
 
 
 def fast_pass_for(executor: Any, x: Tensor, options: dict[str, Any], mode: Mode) -> HostFastPass | None:

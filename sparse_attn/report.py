@@ -11,10 +11,10 @@ import torch
 
 from ..kernels import backend_report
 from .config import AttentionConfig, Mode
-from .pipeline import Request, VideoPipeline, Widths, compute_dtype, new_memory, pick_device
+from .estimate import WAN_1_3B, Plan, WanShape, memory_bytes
+from .pipeline import VideoPipeline, compute_dtype, pick_device
 from .video import CODECS
 
-WAN_1_3B = Widths(layers=30, heads=12, head_dim=128)
 LENGTHS = {"5 s": 21, "60 s": 240}  # latent frames, whole chunks of three
 
 
@@ -49,23 +49,23 @@ def world_lines() -> Iterator[str]:
     except FileNotFoundError as error:
         yield f"World model: {error}"
         return
-    widths = pipeline.widths
+    shape = WanShape.of(pipeline.dit)
     parts = {"backbone": pipeline.dit, "VAE": pipeline.vae, "text encoder": pipeline.text}
     millions = ", ".join(
         f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for name, m in parts.items()
     )
-    yield f"World model: {widths.layers} layers, {widths.heads} heads x {widths.head_dim}; parameters: {millions}"
+    yield f"World model: {shape.layers} layers, {shape.heads} heads x {shape.head_dim}; parameters: {millions}"
     dtype = compute_dtype(pick_device())
     yield f"Cache of the world model at 256x256 in {str(dtype).removeprefix('torch.')}:"
-    yield from cache_lines(widths, 256, 256, dtype)
+    yield from cache_lines(shape, 256, 256, dtype)
 
 
-def cache_lines(widths: Widths, width: int, height: int, dtype: torch.dtype) -> Iterator[str]:
+def cache_lines(shape: WanShape, width: int, height: int, dtype: torch.dtype) -> Iterator[str]:
     """One line a mode, at default settings, for a short and a long video."""
     modes: tuple[Mode, ...] = ("dense", "window", "sparse")
     for mode in modes:
         needs = []
         for name, frames in LENGTHS.items():
-            request = Request("-", frames, width, height, attention=AttentionConfig(mode=mode))
-            needs.append(f"{name}: {new_memory(widths, request, dtype).nbytes / 1e6:,.1f} MB")
+            plan = Plan(shape, width, height, frames, attention=AttentionConfig(mode=mode), dtype=dtype)
+            needs.append(f"{name}: {memory_bytes(plan) / 1e6:,.1f} MB")
         yield f"  {mode}  {', '.join(needs)}"
