@@ -56,6 +56,7 @@ from .common import (
     training_scenes,
     whole_attention,
 )
+from .world_words import WordReader
 
 SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)
 CHUNK = 3
@@ -71,7 +72,8 @@ class DitTraining:
 
     minutes: length of the run. first_share: openings. long_from: progress at which windows become whole clips.
     stream_share: of the whole clips, those on the sparse memory at `topk`. own_share: of the other whole
-    clips, those that see the model's own output. guidance: see `opening_step`. renew_every: steps between two additions
+    clips, those that see the model's own output. guidance: see `opening_step`. words: weight of the loss that asks
+    every word for its sprite (world_words.py). renew_every: steps between two additions
     to the clips. decay_from: progress at which the learning rate starts to fall.
     """
 
@@ -101,6 +103,7 @@ class DitTraining:
     adam_lr: float = 1.5e-3
     drop_prompt: float = 0.06
     guidance: float = 0.0
+    words: float = 0.0
     context_noise: float = 0.12
     ema: float = 0.998
     compile: bool = True
@@ -195,13 +198,14 @@ def teacher_forcing_attention(chunks: int):
 
 
 class Trainee(nn.Module):
-    """Backbone and text encoder, and the parallel forward over a whole clip."""
+    """Backbone, text encoder and what reads its words, and the parallel forward over a whole clip."""
 
     def __init__(self, cfg: DitTraining):
         super().__init__()
         self.dit = WanModel(dim=cfg.dim, ffn_dim=cfg.ffn_dim, num_heads=cfg.heads, num_layers=cfg.layers)
         self.dit.init_weights()
         self.text = WorldTextEncoder()
+        self.reader = WordReader(self.text.dim)
 
     def forward(self, context: Tensor, noised: Tensor, sigma: Tensor, first: int, cross_kv) -> Tensor:
         """Flow of every chunk. context, noised [B, 16, F, h, w]; sigma [B, chunks] -> [B, 16, F, h, w]."""
@@ -481,7 +485,12 @@ def opening_step(model: Trainee, x0: Tensor, ids: Tensor, cfg: DitTraining) -> T
                 told = (ids[:, 0] != UNKNOWN).view(-1, 1, 1, 1, 1)
                 target = target + cfg.guidance * told * (flow - without.float())
     loss = (flow - target).square().mean()
-    loss.backward()
+    if cfg.words:
+        with mixed_precision(x0.device):
+            read = model.reader.loss(model.text, ids)
+        (loss + cfg.words * read).backward()
+    else:
+        loss.backward()
     return loss.detach()
 
 

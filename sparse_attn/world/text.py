@@ -71,14 +71,18 @@ class WorldTextEncoder(nn.Module):
 
     def forward(self, ids_BN: Tensor) -> Tensor:
         """Word ids [B, n <= 512] (0 pads) -> rows [B, 512, 4096]."""
+        rows = self.proj(self.words(ids_BN)) * (ids_BN != PAD)[..., None]
+        return F.pad(rows, (0, 0, 0, ROWS - rows.shape[1]))
+
+    def words(self, ids_BN: Tensor) -> Tensor:
+        """Word ids [B, n] -> what each word knows of its prompt [B, n, dim]."""
         mask = ids_BN != PAD
         x = self.embedding[ids_BN] + word_positions(ids_BN.shape[1], self.dim, ids_BN.device).to(
             self.embedding
         )
         for block in self.blocks:
             x = block(x, mask)
-        rows = self.proj(self.norm(x)) * mask[..., None]
-        return F.pad(rows, (0, 0, 0, ROWS - rows.shape[1]))
+        return self.norm(x)
 
 
 def word_positions(count: int, dim: int, device: torch.device | str = "cpu") -> Tensor:

@@ -27,6 +27,7 @@ GROUPS = {
     for path in sorted((HERE / "host").glob("checks_*.py"))
 }
 OLDER_GROUPS = ("sampling", "contract", "loaders", "formats", "patches", "offload", "video")
+ON_A_GPU = GROUPS.pop("cuda")
 CASES = [("current", check) for checks in GROUPS.values() for check in checks]
 CASES += [("older", check) for group in OLDER_GROUPS for check in GROUPS[group]]
 # Attention functions of the host that a CPU can run, beside its default.
@@ -85,3 +86,10 @@ def test_dense_goes_through_the_hosts_chosen_attention(option, tmp_path):
     wanted = "dense_goes_through_the_hosts_attention", "dense_equals_core_on_causal_and_plain_models"
     said = run_checks("current", tmp_path, option, *wanted)
     assert [said[f"check_{check}"] for check in wanted] == ["ok", "ok"], said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("option", ["--gpu", "--dynamic-vram"])
+def test_on_a_gpu(option, tmp_path):
+    said = run_checks("current", tmp_path, option, "cuda")
+    assert {check: said[check] for check in ON_A_GPU} == dict.fromkeys(ON_A_GPU, "ok")

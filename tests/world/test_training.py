@@ -1,5 +1,6 @@
 """The world model's training: its own optimiser against torch's, and the teacher-forcing attention against a mask."""
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,16 @@ from sparse_forcing_pack.sparse_attn.training.world_dit import (
     stream_step,
     teacher_forcing_attention,
 )
+from sparse_forcing_pack.sparse_attn.training.world_words import NOWHERE, WordReader, attributes_of
+from sparse_forcing_pack.sparse_attn.world.scene import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    sample_scene,
+    to_prompt,
+)
+from sparse_forcing_pack.sparse_attn.world.text import WorldTextEncoder, tokenize
 
 
 def test_batched_muon_is_torchs_muon():
@@ -52,7 +63,7 @@ def test_teacher_forcing_attention_is_the_masked_attention():
 
 
 @pytest.mark.parametrize(
-    "step", ["opening", "guided opening", "window", "whole clip", "own context", "stream"]
+    "step", ["opening", "guided opening", "told opening", "window", "whole clip", "own context", "stream"]
 )
 def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
     torch.manual_seed(0)
@@ -67,6 +78,7 @@ def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
     loss = {
         "opening": lambda: opening_step(model, *bank.draw(3, 1, 0.5)[:2], cfg),
         "guided opening": lambda: opening_step(model, *bank.draw(3, 1, 0.5)[:2], replace(cfg, guidance=0.5)),
+        "told opening": lambda: opening_step(model, *bank.draw(3, 1, 0.5)[:2], replace(cfg, words=0.1)),
         "window": lambda: clip_step(model, bank, cfg, False, False, "cpu"),
         "whole clip": lambda: clip_step(model, bank, cfg, True, False, "cpu"),
         "own context": lambda: clip_step(model, bank, cfg, True, True, "cpu"),
@@ -74,15 +86,54 @@ def test_every_kind_of_step_trains_every_weight(step, monkeypatch):
     }[step]()
     assert loss.shape == (() if "opening" in step else (4,))
     assert torch.nanmean(loss) > 0
-    lazy = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    used = [
+        (name, p) for name, p in model.named_parameters() if step == "told opening" or "reader" not in name
+    ]
+    lazy = [name for name, p in used if p.grad is None or not p.grad.abs().sum() > 0]
     assert lazy == []
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.isfinite().all() for _, p in used)
+
+
+def test_words_are_asked_for_their_own_sprite():
+    scenes = [sample_scene(random.Random(seed)) for seed in range(20)]
+    prompts = [to_prompt(scene) for scene in scenes]
+    ids = torch.stack([world_dit.padded(tokenize(prompt)) for prompt in prompts])
+    every = [list(names) for names in (COLOURS, SHAPES, SIZES, MOTIONS)]
+    for labels, scene, prompt in zip(attributes_of(ids), scenes, prompts, strict=True):
+        sprites = iter(scene.sprites)
+        want, current = [], next(sprites)
+        for word in prompt.replace(",", "").split():
+            if word == "over" or current is None:
+                current = None  # neither the background nor the camera is a sprite's
+            told = current and (current.colour, current.shape, current.size, current.motion)
+            if word == "and" and current:
+                told, current = None, next(sprites)
+            want.append([n.index(v) for n, v in zip(every, told, strict=True)] if told else [NOWHERE] * 4)
+        assert labels[: len(want)].tolist() == want
+        assert (labels[len(want) :] == NOWHERE).all()
+
+
+def test_words_learn_their_sprite():
+    torch.manual_seed(0)
+    text, reader = WorldTextEncoder(dim=32), WordReader(32)
+    ids = torch.stack(
+        [world_dit.padded(tokenize(to_prompt(sample_scene(random.Random(s))))) for s in range(8)]
+    )
+    optimizer = torch.optim.Adam([*text.parameters(), *reader.parameters()], 3e-3)
+    losses = []
+    for _ in range(40):
+        losses.append(reader.loss(text, ids))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+    assert reader.loss(text, torch.stack([world_dit.padded(tokenize("the camera"))])) == 0
 
 
 def test_compiled_blocks_train_alike():
     """Five graphs for all layers and kinds of steps: none for a layer, a memory or a pass of its own."""
     torch.manual_seed(0)
-    cfg = DitTraining(dim=128, ffn_dim=128, heads=1, layers=3, guidance=0.5, topk=0.5)
+    cfg = DitTraining(dim=128, ffn_dim=128, heads=1, layers=3, guidance=0.5, topk=0.5, words=0.1)
     model = Trainee(cfg)
     torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)
     clip = torch.randn(2, 16, 9, 4, 6)

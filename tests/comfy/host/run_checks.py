@@ -5,7 +5,8 @@
 
 Every function `check_*` of the files `checks_*.py` is one check; `test_host.py` starts this once a host and reports
 each. GROUP is a file's name without `checks_`, CHECK a function's without `check_`; none means all.
---option is one of ComfyUI's own.
+--option is one of ComfyUI's own, or --gpu: on the GPU instead of the CPU; or --dynamic-vram: the same with the host's
+dynamic handling of its memory switched on, as its main.py does.
 """
 
 from __future__ import annotations
@@ -22,21 +23,42 @@ from pathlib import Path
 
 PACK = "sparse-forcing"  # any name, as ComfyUI gives it the folder's
 LACKS = "this ComfyUI lacks "
+GPU_OPTIONS = ("--gpu", "--dynamic-vram")
 GROUPS = sorted(path.stem.removeprefix("checks_") for path in Path(__file__).parent.glob("checks_*.py"))
 
 
 def start_host(comfyui: str, folder: str, options: list[str]) -> None:
-    """Make ComfyUI importable, on the CPU, with its outputs in `folder`."""
+    """Make ComfyUI importable, on the CPU unless `options` want the GPU, with its outputs in `folder`."""
     sys.path.insert(0, comfyui)
-    sys.argv = ["main.py", "--cpu", *options]
+    gpu = [word for word in options if word in GPU_OPTIONS]
+    sys.argv = ["main.py", *([] if gpu else ["--cpu"]), *(word for word in options if word not in gpu)]
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    if "--dynamic-vram" in gpu:
+        import comfy_aimdo.control
+
+        comfy_aimdo.control.init()
     import folder_paths
     import utils.extra_config  # noqa: F401 - as main.py does, before comfy/ and its utils.py stand on sys.path
 
     folder_paths.set_output_directory(folder)
     folder_paths.set_temp_directory(folder)
+    if "--dynamic-vram" in gpu:
+        switch_dynamic_vram_on()
+
+
+def switch_dynamic_vram_on() -> None:
+    """What main.py does at its start, so far as the models are concerned."""
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy_aimdo.control
+
+    devices = comfy.model_management.get_all_torch_devices()
+    assert comfy_aimdo.control.init_devices((d.index, 0) for d in devices), "comfy-aimdo does not work here"
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
 
 
 def load_pack(root: str) -> None:

@@ -1,0 +1,106 @@
+"""The fast pass and the streaming sampler in a host on a GPU; `--gpu` or `--dynamic-vram` chooses how it is started."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from unittest.mock import patch
+
+import comfy.model_management
+import torch
+from checks_common import (
+    MODES,
+    Lacks,
+    add_lora,
+    apply,
+    close,
+    fails,
+    noise,
+    our_sampler,
+    pack,
+    sample,
+    tiny_model,
+)
+
+ON_GPU = "a GPU: these checks are for --gpu"
+MAX_ERROR = 0.05  # of 16-bit arithmetic, over four steps of every chunk
+
+
+def on_gpu() -> None:
+    if comfy.model_management.get_torch_device().type != "cuda":
+        raise Lacks(ON_GPU)
+
+
+def said_of(model, x: torch.Tensor, **how) -> tuple[torch.Tensor, list[str]]:
+    """Sample; -> the latents, and what the log says of the choice of the pass."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = pack("nodes.fast_pass").logger
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        return sample(model, our_sampler(3), x, **how), said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def on_its_own_layers(model, x: torch.Tensor, **how) -> torch.Tensor:
+    with patch.object(pack("nodes.fast_pass"), "DEVICES", ()):
+        video, said = said_of(model, x, **how)
+    assert "host's own layers" in said[0], said
+    return video
+
+
+def check_cuda_fast_pass_is_the_host_s_own_layers():
+    on_gpu()
+    for name, settings in {"dense": {"mode": "dense"}, **MODES}.items():
+        for dressed in (lambda model: model, add_lora):
+            x = noise(18)
+            want = on_its_own_layers(apply(dressed(tiny_model()), **settings), x)
+            got, said = said_of(apply(dressed(tiny_model()), **settings), x)
+            assert said == ["Sparse Forcing runs its fast pass: the model is as it was loaded."], (name, said)
+            close(got, want, MAX_ERROR)
+
+
+def check_cuda_fast_pass_with_guidance_and_batch():
+    on_gpu()
+    x = noise(12, batch=2)
+    model = apply(tiny_model(), **MODES["sparse"])
+    got, said = said_of(model, x, cfg=3.0)
+    assert "fast pass" in said[0], said
+    close(got, on_its_own_layers(apply(tiny_model(), **MODES["sparse"]), x, cfg=3.0), MAX_ERROR)
+
+
+def check_cuda_same_seed_same_video():
+    on_gpu()
+    model = apply(tiny_model(), **MODES["sparse"])
+    first, second = (sample(model, our_sampler(3), noise(15)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def check_cuda_fifty_cancelled_runs_leave_no_bytes():
+    on_gpu()
+    model, x = apply(tiny_model(), **MODES["sparse"]), noise(15)
+    sample(model, our_sampler(3), x)
+
+    def cancel_after(passes: int):
+        seen = 0
+
+        def report(*_args) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == passes:
+                raise comfy.model_management.InterruptProcessingException("cancelled")
+
+        return report
+
+    held = []
+    for turn in range(51):
+        fails("cancelled", sample, model, our_sampler(3), x, report=cancel_after(1 + turn % 18))
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert held[-1] <= held[0], held
+    assert torch.equal(sample(model, our_sampler(3), x), sample(model, our_sampler(3), x))
