@@ -484,13 +484,11 @@ def opening_step(model: Trainee, x0: Tensor, ids: Tensor, cfg: DitTraining) -> T
                 without = model.opening(noised, sigma, model.dit.cross_kv(model.text(nothing)))
                 told = (ids[:, 0] != UNKNOWN).view(-1, 1, 1, 1, 1)
                 target = target + cfg.guidance * told * (flow - without.float())
-    loss = (flow - target).square().mean()
+    loss = objective = (flow - target).square().mean()
     if cfg.words:
         with mixed_precision(x0.device):
-            read = model.reader.loss(model.text, ids)
-        (loss + cfg.words * read).backward()
-    else:
-        loss.backward()
+            objective = loss + cfg.words * model.reader.loss(model.text, ids)
+    objective.backward()
     return loss.detach()
 
 

@@ -71,9 +71,8 @@ def test_cancelled_rollouts_leave_no_tensor_behind(attention):
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", MODES, ids=IDS)
 def test_fifty_cancelled_rollouts_leave_no_bytes_on_the_gpu(attention):
-    cancelled(
-        attention, 5 * CHUNKS - 1, "cuda"
-    )  # kernels, handles, their workspaces and tables kept for all runs stay
+    # what every pass makes once stays: kernels, handles, their workspaces, tables kept for all runs
+    cancelled(attention, 5 * CHUNKS - 1, "cuda")
     gc.collect()
     before = torch.cuda.memory_allocated()
     for after in moments(50):

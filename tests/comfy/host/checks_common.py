@@ -161,16 +161,19 @@ def rollout_without_host(
 
 
 @contextmanager
-def warnings_said():
-    """What the pack's nodes warn of meanwhile, as a list of texts."""
-    said, handler = [], logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
+def log_said(level: int = logging.WARNING):
+    """What the pack's nodes log meanwhile at `level` or above, as a list of texts."""
+    texts, handler = [], logging.Handler(level)
+    handler.emit = lambda record: texts.append(record.getMessage())
     logger = logging.getLogger("sparse_forcing.nodes")
+    before = logger.level
+    logger.setLevel(min(level, logger.getEffectiveLevel()))
     logger.addHandler(handler)
     try:
-        yield said
+        yield texts
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:

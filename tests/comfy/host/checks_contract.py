@@ -12,13 +12,13 @@ from checks_common import (
     Lacks,
     apply,
     fails,
+    log_said,
     noise,
     our_sampler,
     pack,
     prompt,
     sample,
     tiny_model,
-    warnings_said,
 )
 
 
@@ -99,7 +99,7 @@ def check_interrupt_stops_between_passes():
 
 
 def check_positions_beyond_the_trained_range_are_warned_of():
-    with warnings_said() as said:
+    with log_said() as said:
         for positions in ("absolute", "rebased"):
             model = apply(tiny_model(), positions=positions)
             our_sampler(3).open_run(model.model_options["transformer_options"], (1, 16, 1026, 8, 12))

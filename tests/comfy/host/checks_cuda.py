@@ -15,6 +15,7 @@ from checks_common import (
     apply,
     close,
     fails,
+    log_said,
     noise,
     our_sampler,
     pack,
@@ -37,24 +38,14 @@ def on_gpu() -> None:
 
 def said_of(model, x: torch.Tensor, **how) -> tuple[torch.Tensor, list[str]]:
     """Sample; -> the latents, and what the log says of the choice of the pass."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = pack("nodes.fast_pass").logger
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        return sample(model, our_sampler(3), x, **how), said
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    with log_said(logging.INFO) as texts:
+        return sample(model, our_sampler(3), x, **how), texts
 
 
 def on_its_own_layers(model, x: torch.Tensor, **how) -> torch.Tensor:
     with patch.object(pack("nodes.fast_pass"), "DEVICES", ()):
-        video, said = said_of(model, x, **how)
-    assert "host's own layers" in said[0], said
+        video, texts = said_of(model, x, **how)
+    assert "host's own layers" in texts[0], texts
     return video
 
 
@@ -64,8 +55,11 @@ def check_cuda_fast_pass_is_the_host_s_own_layers():
         for dressed in (lambda model: model, add_lora):
             x = noise(18)
             want = on_its_own_layers(apply(dressed(tiny_model()), **settings), x)
-            got, said = said_of(apply(dressed(tiny_model()), **settings), x)
-            assert said == ["Sparse Forcing runs its fast pass: the model is as it was loaded."], (name, said)
+            got, texts = said_of(apply(dressed(tiny_model()), **settings), x)
+            assert texts == ["Sparse Forcing runs its fast pass: the model is as it was loaded."], (
+                name,
+                texts,
+            )
             close(got, want, MAX_ERROR)
 
 
@@ -73,8 +67,8 @@ def check_cuda_fast_pass_with_guidance_and_batch():
     on_gpu()
     x = noise(12, batch=2)
     model = apply(tiny_model(), **MODES["sparse"])
-    got, said = said_of(model, x, cfg=3.0)
-    assert "fast pass" in said[0], said
+    got, texts = said_of(model, x, cfg=3.0)
+    assert "fast pass" in texts[0], texts
     close(got, on_its_own_layers(apply(tiny_model(), **MODES["sparse"]), x, cfg=3.0), MAX_ERROR)
 
 

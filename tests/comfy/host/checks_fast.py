@@ -10,25 +10,25 @@ from unittest.mock import patch
 
 import comfy.patcher_extension
 import torch
-from checks_common import MODES, add_lora, apply, close, noise, our_sampler, pack, sample, tiny_model
+from checks_common import (
+    MODES,
+    add_lora,
+    apply,
+    close,
+    log_said,
+    noise,
+    our_sampler,
+    pack,
+    sample,
+    tiny_model,
+)
 
 
 @contextmanager
 def fast_on_the_cpu() -> Iterator[list[str]]:
     """Lets the fast pass serve where a GPU is not at hand; -> what the log says of the choice."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = pack("nodes.fast_pass").logger
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        with patch.object(pack("nodes.fast_pass"), "DEVICES", ("cpu",)):
-            yield said
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    with log_said(logging.INFO) as texts, patch.object(pack("nodes.fast_pass"), "DEVICES", ("cpu",)):
+        yield texts
 
 
 def both(model, x: torch.Tensor, **how) -> list[str]:

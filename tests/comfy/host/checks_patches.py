@@ -17,6 +17,7 @@ from checks_common import (
     close,
     core_sampler,
     has_ar_sampler,
+    log_said,
     noise,
     our_sampler,
     pack,
@@ -24,7 +25,6 @@ from checks_common import (
     sample,
     tiny_model,
     tiny_state_dict,
-    warnings_said,
 )
 
 import nodes as host_nodes
@@ -131,7 +131,7 @@ def check_attention_overrides_of_other_nodes_apply_to_dense():
         model = apply(base, mode=mode)
         want = sample(model, our_sampler(3), noise(6))
         model.model_options["transformer_options"]["optimized_attention_override"] = counting(calls)
-        with warnings_said() as said:
+        with log_said() as said:
             assert torch.equal(sample(model, our_sampler(3), noise(6)), want)
         assert 6 * 4 * 6 in calls, sorted(set(calls))  # 6 frames of 4 x 6 tokens as keys of one call
         assert not said
@@ -142,7 +142,7 @@ def check_attention_overrides_in_mode_sparse_are_for_the_prompt_and_said_to_be()
     model, calls = apply(tiny_model(), **SPARSE), []
     want = sample(model, our_sampler(3), noise(6))
     model.model_options["transformer_options"]["optimized_attention_override"] = counting(calls)
-    with warnings_said() as said:
+    with log_said() as said:
         assert torch.equal(sample(model, our_sampler(3), noise(6)), want)
     assert set(calls) == {ROWS}, sorted(set(calls))  # the rows of the prompt
     assert len(said) == 1 and "used for the prompt only" in said[0], said
@@ -175,7 +175,7 @@ def check_another_packs_attention_before_apply_gives_way_with_a_warning():
     want = sample(apply(base, mode="dense"), our_sampler(3), x)
     other = base.clone()
     other.add_object_patch(FORWARD.format(1), lambda x, *args, **kwargs: 0 * x)
-    with warnings_said() as said:
+    with log_said() as said:
         model = apply(other, mode="dense")
     assert len(said) == 1 and "blocks.1.self_attn.forward" in said[0], said
     assert torch.equal(sample(model, our_sampler(3), x), want)
@@ -187,7 +187,7 @@ def check_another_packs_attention_behind_apply_gives_way_for_the_run():
         want = sample(apply(base, **settings), our_sampler(3), x)
         model = apply(base, **settings)
         model.add_object_patch(FORWARD.format(1), lambda x, *args, **kwargs: 0 * x)
-        with warnings_said() as said:
+        with log_said() as said:
             got = sample(model, our_sampler(3), x)
         assert torch.equal(got, want)
         assert len(said) == 1 and "self-attention of 1 layers behind Apply" in said[0], said
@@ -201,7 +201,7 @@ def check_another_packs_attention_without_apply_gives_way_for_the_run():
     want = sample(base, our_sampler(3), x)
     other = base.clone()
     other.add_object_patch(FORWARD.format(0), lambda x, *args, **kwargs: 0 * x)
-    with warnings_said() as said:
+    with log_said() as said:
         assert torch.equal(sample(other, our_sampler(3), x), want)
     assert len(said) == 1 and "self-attention of 1 layers" in said[0], said
 
@@ -211,7 +211,7 @@ def check_a_patch_around_ours_stays():
     model = apply(base, mode="dense")
     ours = model.object_patches[FORWARD.format(1)]
     model.add_object_patch(FORWARD.format(1), lambda *args, **kwargs: 2 * ours(*args, **kwargs))
-    with warnings_said() as said:
+    with log_said() as said:
         got = sample(model, our_sampler(3), x)
     assert not said, said
     assert (got - sample(apply(base, mode="dense"), our_sampler(3), x)).abs().max() > 1e-3
@@ -231,7 +231,7 @@ def check_other_object_patches_stay():
 
         model.add_object_patch("diffusion_model.blocks.0.ffn.forward", MethodType(counted, feed_forward))
         model = apply(model, mode="dense") if order == "before" else model
-        with warnings_said() as said:
+        with log_said() as said:
             got = sample(model, our_sampler(3), x)
         assert torch.equal(got, sample(apply(base, mode="dense"), our_sampler(3), x)) and not said
     assert calls.count("before") == calls.count("behind") == 9  # two chunks of 4 steps, one clean pass
