@@ -176,6 +176,17 @@ def render_batch(scenes: list[Scene], frames: int, device, starts: list[int] | N
     )
 
 
+def render_with_mask(
+    scenes: list[Scene], frames: int, device, starts: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`render_batch`, and where a sprite shows: [B, 1, frames, 256, 256], 0 or 1."""
+    video, empty = (
+        render_batch(part, frames, device, starts)
+        for part in (scenes, [replace(scene, sprites=()) for scene in scenes])
+    )
+    return video, ((video - empty).abs().amax(1, keepdim=True) > 0.1).float()
+
+
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write 16-bit weights (half keeps three more bits than bfloat16, and all values here are small)."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ from .common import (
     lr_factor,
     mixed_precision,
     prompt_leaves,
-    render_batch,
+    render_with_mask,
     save_weights,
     set_lr,
     shifted,
@@ -73,7 +73,8 @@ class DitTraining:
     minutes: length of the run. first_share: openings. long_from: progress at which windows become whole clips.
     stream_share: of the whole clips, those on the sparse memory at `topk`. own_share: of the other whole
     clips, those that see the model's own output. guidance: see `opening_step`. words: weight of the loss that asks
-    every word for its sprite (world_words.py). renew_every: steps between two additions
+    every word for its sprite (world_words.py). sprites: how much more than the background sprites weigh in the loss of
+    openings (less so the more noise there is) and streams. renew_every: steps between two additions
     to the clips. decay_from: progress at which the learning rate starts to fall.
     """
 
@@ -104,6 +105,7 @@ class DitTraining:
     drop_prompt: float = 0.06
     guidance: float = 0.0
     words: float = 0.0
+    sprites: float = 0.0
     context_noise: float = 0.12
     ema: float = 0.998
     compile: bool = True
@@ -127,7 +129,8 @@ class LatentBank:
         self.vae, self.size, self.device, self.frames = vae, size, device, frames
         self.pans, self.longest_hold = pans, longest_hold
         self.rng = random.Random(seed)
-        self.latents: Tensor | None = None  # [size, 16, F, h, w] bfloat16, made by the first `add`
+        # [size, 17, F, h, w] bfloat16, made by the first `add`: the latents, and where sprites are
+        self.latents: Tensor | None = None
         self.ids = torch.full((size, LONGEST), PAD)
         self.filled = self.next = 0
 
@@ -141,8 +144,9 @@ class LatentBank:
         """Render and encode `count` clips; a full bank loses its oldest."""
         scenes = training_scenes(self.rng, count, self.pans, self.longest_hold)
         with mixed_precision(self.device):
-            video = render_batch(scenes, self.frames, self.device)
+            video, sprites = render_with_mask(scenes, self.frames, self.device)
             fresh = self.vae.encode_whole(video.contiguous(memory_format=torch.channels_last_3d))
+        fresh = torch.cat([fresh, latent_mask(sprites).to(fresh)], dim=1)
         if self.latents is None:
             self.latents = torch.empty(
                 (self.size, *fresh.shape[1:]), dtype=torch.bfloat16, device=self.device
@@ -154,7 +158,7 @@ class LatentBank:
             self.filled = min(self.filled + 1, self.size)
 
     def draw(self, count: int, chunks: int, drop_prompt: float) -> tuple[Tensor, Tensor, int]:
-        """Latents [B, 16, 3 * chunks, h, w] float32, word ids [B, n], and the first frame's index."""
+        """Latents and sprite mask [B, 17, 3 * chunks, h, w] float32, word ids [B, n], and the first frame's index."""
         assert self.latents is not None, "add clips first"
         pick = torch.tensor([self.rng.randrange(self.filled) for _ in range(count)])
         first = 0 if self.rng.random() < 0.5 else CHUNK * self.rng.randint(0, self.chunks - chunks)
@@ -164,6 +168,17 @@ class LatentBank:
         ids = self.ids[pick]
         ids[torch.tensor([self.rng.random() < drop_prompt for _ in pick])] = padded([UNKNOWN])
         return latents, upload(ids, self.device), first
+
+
+def latent_mask(mask: Tensor) -> Tensor:
+    """1 where a latent holds a pixel of the mask: [B, 1, F, H, W] -> [B, 1, f, H/8, W/8]."""
+    first = mask[:, :, :1].expand(-1, -1, 4, -1, -1)  # the first latent frame is one frame, every other four
+    return F.max_pool3d(torch.cat([first, mask[:, :, 1:]], dim=2), (4, 8, 8))
+
+
+def weighed(clip: Tensor, sprites: float | Tensor) -> tuple[Tensor, Tensor]:
+    """A bank's clip [B, 17, F, h, w] as latents [B, 16, F, h, w] and weights of the loss [B, 1, F, h, w]."""
+    return clip[:, :16], 1 + sprites * clip[:, 16:]
 
 
 def padded(words: list[int]) -> Tensor:
@@ -401,32 +416,32 @@ class Steps:
         return loss
 
     def opening(self) -> Tensor:
-        x0, ids, _ = self.openings.draw(self.cfg.first_batch, 1, self.cfg.drop_prompt)
-        return self._graphed("opening", opening_step, x0, ids)
+        clip, ids, _ = self.openings.draw(self.cfg.first_batch, 1, self.cfg.drop_prompt)
+        return self._graphed("opening", opening_step, clip, ids)
 
     def stream(self, attention: AttentionConfig | None = None) -> Tensor:
         """On a memory of that kind; without one on the sparse memory, half of the time with rebased positions."""
-        x0, ids, _ = self.bank.draw(self.cfg.stream_batch, self.bank.chunks, self.cfg.drop_prompt)
+        clip, ids, _ = self.bank.draw(self.cfg.stream_batch, self.bank.chunks, self.cfg.drop_prompt)
         if attention is None:
             positions = random.choice(POSITIONS)
             attention = AttentionConfig(topk=self.cfg.topk, positions=positions, backend=self.cfg.backend)
-        return self._graphed(attention, functools.partial(stream_step, attention=attention), x0, ids)
+        return self._graphed(attention, functools.partial(stream_step, attention=attention), clip, ids)
 
     def _graphed(
-        self, key: str | AttentionConfig, gradients: Callable[..., Tensor], x0: Tensor, ids: Tensor
+        self, key: str | AttentionConfig, gradients: Callable[..., Tensor], clip: Tensor, ids: Tensor
     ) -> Tensor:
-        """A step of gradients(model, x0, ids, cfg=...), replayed as the graph of that key where graphs are used."""
+        """A step of gradients(model, clip, ids, cfg=...), replayed as the graph of that key where graphs are used."""
 
-        def step(x0: Tensor, ids: Tensor) -> Tensor:
-            loss = gradients(self.model, x0, ids, cfg=self.cfg)
+        def step(clip: Tensor, ids: Tensor) -> Tensor:
+            loss = gradients(self.model, clip, ids, cfg=self.cfg)
             update(self.model, self.optims)
             return loss
 
-        if not (self.cfg.graphs and x0.is_cuda):
-            return step(x0, ids)
+        if not (self.cfg.graphs and clip.is_cuda):
+            return step(clip, ids)
         if key not in self.graphs:
-            self.graphs[key] = GraphedStep(step, x0, ids)
-        return self.graphs[key](x0, ids)
+            self.graphs[key] = GraphedStep(step, clip, ids)
+        return self.graphs[key](clip, ids)
 
 
 def draw_kind(cfg: DitTraining, long: bool) -> str:
@@ -443,7 +458,7 @@ def shorten(means: dict) -> str:
 
 
 def empty_memory(model: Trainee, clip: Tensor, attention: AttentionConfig) -> StreamState:
-    """An empty memory for a batch like `clip` [B, 16, F, h, w]; not of mode "dense"."""
+    """An empty memory for a batch like `clip` [B, C, F, h, w]; not of mode "dense"."""
     widths = model.dit.num_layers, model.dit.num_heads, model.dit.head_dim
     memory = _memory(*widths, (clip.shape[3] // 2, clip.shape[4] // 2), len(clip), attention, clip.device)
     memory.reset()
@@ -467,14 +482,17 @@ def _memory(
     )  # fmt: skip
 
 
-def opening_step(model: Trainee, x0: Tensor, ids: Tensor, cfg: DitTraining) -> Tensor:
-    """Gradients of opening chunks at all levels of noise (shift 5). Returns the mean flow loss.
+def opening_step(model: Trainee, clip: Tensor, ids: Tensor, cfg: DitTraining) -> Tensor:
+    """Gradients of opening chunks at all levels of noise (shift 5). Returns the mean flow loss, unweighted.
 
     With `guidance` the target moves on by that part of what the prompt changes in the model's own output, so that the
     trained model gives by itself what classifier-free guidance at 1 / (1 - guidance) gives with two passes.
+    Where layouts are still free, at high noise, weight on sprites would draw them everywhere: so it fades.
     """
-    sigma, noise = shifted(torch.rand(len(x0), device=x0.device)), torch.randn_like(x0)
+    sigma = shifted(torch.rand(len(clip), device=clip.device))
     s = sigma.view(-1, 1, 1, 1, 1)
+    x0, weight = weighed(clip, cfg.sprites * (1 - s))
+    noise = torch.randn_like(x0)
     noised, target = (1 - s) * x0 + s * noise, noise - x0
     with mixed_precision(x0.device):
         flow = model.opening(noised, sigma, model.dit.cross_kv(model.text(ids))).float()
@@ -484,12 +502,13 @@ def opening_step(model: Trainee, x0: Tensor, ids: Tensor, cfg: DitTraining) -> T
                 without = model.opening(noised, sigma, model.dit.cross_kv(model.text(nothing)))
                 told = (ids[:, 0] != UNKNOWN).view(-1, 1, 1, 1, 1)
                 target = target + cfg.guidance * told * (flow - without.float())
-    loss = objective = (flow - target).square().mean()
+    error = (flow - target).square()
+    objective = (weight * error).mean()
     if cfg.words:
         with mixed_precision(x0.device):
-            objective = loss + cfg.words * model.reader.loss(model.text, ids)
+            objective = objective + cfg.words * model.reader.loss(model.text, ids)
     objective.backward()
-    return loss.detach()
+    return error.detach().mean()
 
 
 def clip_step(
@@ -500,7 +519,8 @@ def clip_step(
     A window's first chunk only serves as history: what comes out of nothing is trained by `opening_step`.
     """
     chunks, batch = (bank.chunks, cfg.long_batch) if long else (cfg.chunks, cfg.batch)
-    x0, ids, first = bank.draw(batch, chunks, cfg.drop_prompt)
+    clip, ids, first = bank.draw(batch, chunks, cfg.drop_prompt)
+    x0, _ = weighed(clip, 0.0)
     sigma, step = draw_sigma(batch, chunks, device)
     with mixed_precision(device):
         cross_kv = model.dit.cross_kv(model.text(ids))
@@ -525,8 +545,8 @@ def clip_step(
 def stream_step(
     model: Trainee, clip: Tensor, ids: Tensor, attention: AttentionConfig, cfg: DitTraining
 ) -> Tensor:
-    """Gradients of whole clips on a memory as at generation. Returns the mean flow loss per sampler step [4], opening
-    left out.
+    """Gradients of whole clips on a memory as at generation. Returns the mean flow loss per sampler step [4],
+    unweighted, opening left out.
 
     For about half of the clips a chunk's input is made from the model's estimate of the step before, and for most
     clips the memory is given the model's own chunks. The opening chunk and its memory stay the truth's: an estimate may
@@ -550,7 +570,8 @@ def stream_step(
         return noised - s * flow(noised, sigma)
 
     errors, steps = [], []
-    for index, x0 in enumerate(clip.split(CHUNK, dim=2)):
+    for index, part in enumerate(clip.split(CHUNK, dim=2)):
+        x0, weight = weighed(part, cfg.sprites)
         memory.begin_chunk(CHUNK)
         sigma, step = draw_sigma(batch, 1, device)
         source = x0
@@ -564,8 +585,8 @@ def stream_step(
         s = per_frame(sigma)
         noised = (1 - s) * source + s * torch.randn_like(x0)
         out = flow(noised, sigma)
-        error = (out - (noised - x0) / s).square().mean(dim=(1, 2, 3, 4))
-        (error.mean() / chunks).backward()
+        error = (out - (noised - x0) / s).square()
+        ((weight * error).mean() / chunks).backward()
         with torch.no_grad():
             own = noised - s * out
             context = x0 if index == 0 else torch.where(per_frame(truthful), x0, own)
@@ -573,7 +594,7 @@ def stream_step(
             flow(context + level * torch.randn_like(x0), torch.zeros_like(sigma))
         memory.end_chunk()
         if index > 0:
-            errors.append(error.detach())
+            errors.append(error.detach().mean(dim=(1, 2, 3, 4)))
             steps.append(step[:, 0])
     backward_prompt(cross_kv, leaves)
     return mean_by_step(torch.cat(errors), torch.cat(steps))

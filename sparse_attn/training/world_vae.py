@@ -2,7 +2,8 @@
 
 A first run batch-normalises the latents, so that every channel is used; a second (--resume) keeps the statistics it
 finds and lets the absolute level of a clip pass. In both a little noise is added before decoding, so that a small
-error of the diffusion model stays a small error of the picture. At the end the measured statistics are folded into
+error of the diffusion model stays a small error of the picture. A last one may train the decoder alone, under a
+diffusion model that is already trained. At the end the measured statistics are folded into
 the two 1x1x1 convolutions: raw latents have Wan's mean and deviation per channel.
 """
 
@@ -25,7 +26,7 @@ from .common import (
     lr_factor,
     mixed_precision,
     psnr,
-    render_batch,
+    render_with_mask,
     save_weights,
     set_lr,
     training_scenes,
@@ -36,7 +37,8 @@ from .common import (
 class VaeTraining:
     """minutes: length of the run; batch: clips of `frames` (1 + 4n) video frames; latent_noise: largest deviation.
 
-    pans: share of the clips that are chosen for a camera pan, whose motion is the fastest of the world.
+    pans: share of the clips that are chosen for a camera pan, whose motion is the fastest of the world. sprites: how
+    much more than the background sprites weigh in the loss. decoder_only: the encoder stays, and so do all latents.
     """
 
     minutes: float = 5.0
@@ -48,6 +50,8 @@ class VaeTraining:
     latent_noise: float = 0.2
     pans: float = 0.0
     spread_weight: float = 0.02
+    sprites: float = 0.0
+    decoder_only: bool = False
     compile: bool = True
     log_every: int = 50
 
@@ -58,9 +62,12 @@ class Autoencoder(nn.Module):
     fixed: latents are scaled by the statistics in the weights (Wan's, after a fold) instead of the batch's own.
     """
 
-    def __init__(self, vae: WanVAE, fixed: bool):
+    def __init__(self, vae: WanVAE, fixed: bool, decoder_only: bool = False):
         super().__init__()
-        self.vae, self.fixed = vae, fixed
+        self.vae, self.fixed, self.decoder_only = vae, fixed, decoder_only
+        if decoder_only:
+            vae.encoder.requires_grad_(False)
+            vae.conv1.requires_grad_(False)
         self.normalise = nn.BatchNorm3d(16, affine=False, momentum=0.02)
         if fixed:
             self._unfold()
@@ -85,9 +92,12 @@ class Autoencoder(nn.Module):
         return self.vae.decoder(self.vae.conv2(z.to(video.dtype))), spread
 
 
-def reconstruction_loss(out: Tensor, video: Tensor) -> Tensor:
-    """L1 on pixels and on their spatial differences: flat areas stay flat, edges stay sharp."""
-    error = out.float() - video.float()
+def reconstruction_loss(out: Tensor, video: Tensor, weight: Tensor) -> Tensor:
+    """L1 on pixels and on their spatial differences: flat areas stay flat, edges stay sharp.
+
+    weight: of each pixel, [B, 1, F, H, W].
+    """
+    error = weight * (out.float() - video.float())
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges
 
@@ -98,9 +108,12 @@ def fold_statistics(model: Autoencoder) -> WanVAE:
     vae, norm = model.vae, model.normalise
     wan_mean, wan_std = vae.latent_mean.flatten(), vae.latent_std.flatten()
     mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()
+    if model.decoder_only:
+        mean, std = wan_mean, wan_std
     gain = wan_std / std
-    vae.conv1.weight[:16] *= gain.view(-1, 1, 1, 1, 1)
-    vae.conv1.bias[:16] = (vae.conv1.bias[:16] - mean) * gain + wan_mean
+    if not model.decoder_only:
+        vae.conv1.weight[:16] *= gain.view(-1, 1, 1, 1, 1)
+        vae.conv1.bias[:16] = (vae.conv1.bias[:16] - mean) * gain + wan_mean
     # conv2 was trained on z = (raw - scale_mean) / scale_std; new raw latents are (old - mean) * gain + wan_mean.
     scale_mean, scale_std = (wan_mean, wan_std) if model.fixed else (mean, std)
     slope, offset = 1 / (gain * scale_std), (mean - wan_mean / gain - scale_mean) / scale_std
@@ -111,23 +124,32 @@ def fold_statistics(model: Autoencoder) -> WanVAE:
 
 
 def train_vae(cfg: VaeTraining, out: Path, device: str, resume: bool = False) -> None:
-    """Run the training and write the weights to `out`; `resume` goes on from the weights already there."""
+    """Run the training and write the weights to `out`; `resume` goes on from the weights already there.
+
+    Raises ValueError where only the decoder is to be trained of nothing.
+    """
+    if cfg.decoder_only and not resume:
+        raise ValueError("decoder_only: there is no encoder yet; train one first, then use --resume.")
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     vae = WanVAE.from_state_dict(load_file(out)).float() if resume else WanVAE(cfg.dim)
-    model = channels_last(Autoencoder(vae, fixed=resume).to(device))
+    model = channels_last(Autoencoder(vae, fixed=resume, decoder_only=cfg.decoder_only).to(device))
     step_fn = torch.compile(model) if cfg.compile else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=1e-4)
     budget, step, shown = Budget(cfg.minutes), 0, time.monotonic()
     while (progress := budget.progress) < 1:
         set_lr([optimizer], lr_factor(step, progress, decay_from=0.4))
         starts = [rng.randrange(0, 64) for _ in range(cfg.batch)]
-        video = render_batch(training_scenes(rng, cfg.batch, cfg.pans), cfg.frames, device, starts)
+        scenes = training_scenes(rng, cfg.batch, cfg.pans)
+        video, mask = render_with_mask(scenes, cfg.frames, device, starts)
         video = video.contiguous(memory_format=torch.channels_last_3d)
         level = cfg.latent_noise * torch.rand(cfg.batch, 1, 1, 1, 1, device=device)
         with mixed_precision(device):
             decoded, spread = step_fn(video, level)
-        loss = reconstruction_loss(decoded, video) + cfg.spread_weight * spread
+        loss = reconstruction_loss(decoded, video, 1 + cfg.sprites * mask)
+        if not cfg.decoder_only:
+            loss = loss + cfg.spread_weight * spread
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,5 +1,6 @@
 """The world model's training: its own optimiser against torch's, and the teacher-forcing attention against a mask."""
 
+import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.training import world_dit
-from sparse_forcing_pack.sparse_attn.training.common import BatchedMuon
+from sparse_forcing_pack.sparse_attn.training.common import BatchedMuon, render_with_mask, save_weights
 from sparse_forcing_pack.sparse_attn.training.world_dit import (
     DitTraining,
     Trainee,
@@ -18,12 +20,17 @@ from sparse_forcing_pack.sparse_attn.training.world_dit import (
     stream_step,
     teacher_forcing_attention,
 )
+from sparse_forcing_pack.sparse_attn.training.world_vae import VaeTraining, train_vae
 from sparse_forcing_pack.sparse_attn.training.world_words import NOWHERE, WordReader, attributes_of
+from sparse_forcing_pack.sparse_attn.vae import WanVAE
+from sparse_forcing_pack.sparse_attn.world.render import render
 from sparse_forcing_pack.sparse_attn.world.scene import (
     COLOURS,
     MOTIONS,
     SHAPES,
     SIZES,
+    Scene,
+    Sprite,
     sample_scene,
     to_prompt,
 )
@@ -130,13 +137,67 @@ def test_words_learn_their_sprite():
     assert reader.loss(text, torch.stack([world_dit.padded(tokenize("the camera"))])) == 0
 
 
+def test_sprites_are_found_in_the_latents():
+    scene = Scene((Sprite("circle", "red", "small", "right", x=60.0, y=100.0),), "navy", "checkered")
+    video, pixels = render_with_mask([scene], 9, "cpu")
+    torch.testing.assert_close(video[0], render(scene, 9))
+    assert abs(pixels[0, 0, 0].sum() / (math.pi * 20.24**2) - 1) < 0.1  # 0.92 of a small sprite's 22 pixels
+    mask = world_dit.latent_mask(pixels)
+    assert mask.shape == (1, 1, 3, 32, 32)
+    first = torch.zeros(32, 32)
+    first[10:16, 4:11] = 1  # rows 80 to 120, columns 39 to 80 in latents of 8 pixels
+    assert (mask[0, 0, 0] <= first).all() and mask[0, 0, 0].sum() >= 28
+    assert mask[0, 0, 2].any(0).nonzero().max() >= 10, "it moves right"
+
+
+def test_a_decoder_trained_alone_leaves_the_latents(tmp_path):
+    path, cfg = (
+        tmp_path / "vae.safetensors",
+        VaeTraining(minutes=0.001, dim=8, frames=5, batch=1, compile=False),
+    )
+    alone = replace(cfg, decoder_only=True, sprites=2.0)
+    with pytest.raises(ValueError, match="--resume"):
+        train_vae(alone, path, "cpu")
+    save_weights(path, WanVAE(8).state_dict())
+    before = load_file(path)
+    train_vae(alone, path, "cpu", resume=True)
+    after = load_file(path)
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert any(name.startswith("decoder.") for name in moved)
+    assert not any(name.startswith(("encoder.", "conv1.")) for name in moved)
+
+
+@pytest.mark.parametrize("step", ["opening", "stream"])
+def test_sprites_weigh_more(step):
+    """With sprites everywhere a stream's gradient grows by that weight; without any it stays."""
+    cfg = DitTraining(dim=128, ffn_dim=128, heads=1, layers=1, sprites=3.0)
+    model = Trainee(cfg)
+    torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)
+    latents, ids = torch.randn(2, 16, 6, 4, 6), torch.stack([world_dit.padded([3, 4])] * 2)
+
+    def gradient(mask: float, cfg: DitTraining) -> torch.Tensor:
+        torch.manual_seed(1)
+        model.zero_grad()
+        clip = torch.cat([latents, torch.full((2, 1, 6, 4, 6), mask)], dim=1)
+        if step == "opening":
+            opening_step(model, clip[:, :, :3], ids, cfg)
+        else:
+            stream_step(model, clip, ids, AttentionConfig(), cfg)
+        return model.dit.head.head.weight.grad.clone()
+
+    plain = gradient(1.0, replace(cfg, sprites=0.0))
+    torch.testing.assert_close(gradient(0.0, cfg), plain)
+    more = gradient(1.0, cfg).norm() / plain.norm()
+    assert abs(more - 4) < 1e-3 if step == "stream" else 1.05 < more < 4  # openings at all levels of noise
+
+
 def test_compiled_blocks_train_alike():
     """Five graphs for all layers and kinds of steps: none for a layer, a memory or a pass of its own."""
     torch.manual_seed(0)
-    cfg = DitTraining(dim=128, ffn_dim=128, heads=1, layers=3, guidance=0.5, topk=0.5, words=0.1)
+    cfg = DitTraining(dim=128, ffn_dim=128, heads=1, layers=3, guidance=0.5, topk=0.5, words=0.1, sprites=2.0)
     model = Trainee(cfg)
     torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)
-    clip = torch.randn(2, 16, 9, 4, 6)
+    clip = torch.cat([torch.randn(2, 16, 9, 4, 6), torch.randint(0, 2, (2, 1, 9, 4, 6)).float()], dim=1)
     ids = torch.stack([world_dit.padded([3, 4, 5]), world_dit.padded([6, 7])])
 
     def gradients() -> list[torch.Tensor]:
@@ -159,7 +220,7 @@ def test_compiled_blocks_train_alike():
 def bank_of_noise(monkeypatch):
     """A bank of prompts whose clips are noise, 21 frames of 4 x 6 latent pixels."""
     monkeypatch.setattr(
-        world_dit, "render_batch", lambda scenes, frames, device: torch.zeros(len(scenes), 3, 1, 1, 1)
+        world_dit, "render_with_mask", lambda scenes, *_: torch.rand(2, len(scenes), 1, 81, 32, 48).round()
     )
     vae = SimpleNamespace(encode_whole=lambda videos: torch.randn(len(videos), 16, 21, 4, 6))
     bank = world_dit.LatentBank(vae, size=4, device="cpu", seed=0)
