@@ -16,7 +16,8 @@ of the chunks to the first tenth after the memory has filled.
     sparse@128  the same in blocks of 128 tokens instead of 64
     sparse@128:fp8+router_once    with options of `FastOptions`, joined by +; dense: and window: take fp8
     sparse:composable, sparse:eager    without fused kernels; without graphs
-Every mode runs a 5 s video from an empty memory and then goes on in the steady state, both after warm-up streams; one
+Every mode runs a 5 s video from an empty memory and then goes on in the steady state, both after warm-up streams, for
+20 s and 60 s too where --steady is long enough (72 chunks for 60 s); one
 steady chunk is profiled with graphs off, and what kernels do not account for is called idle. Before that, the first
 pass is compared with the reference's: no speed-up is given for a mode that is too far off. A mode that fails is
 reported and the others go on. Writes rollout.json and rollout.png to --out.
@@ -60,6 +61,7 @@ Request, VideoPipeline, new_memory = (
 )
 
 FPS = 16
+LENGTHS = (5, 20, 60)  # seconds of video
 COLOURS = {
     "sparse": (214, 69, 65),
     "window": (52, 120, 200),
@@ -125,6 +127,8 @@ def main() -> None:
     add("--modes", nargs="+", help="default: sparse for world, else reference dense window sparse sparse@128")
     add("--steady", type=int, default=12, help="chunks measured after the memory has filled")
     add("--quick", action="store_true", help="fewer chunks, no decoding, no profile")
+    add("--pixels", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the video, multiples of 16")
+    add("--batch", type=int, default=1)
     add("--decode", choices=("wan", "tiny", "none"), default="wan")
     add("--topk", type=float, default=0.25, help="of mode sparse")
     add("--positions", choices=("absolute", "rebased"), default="absolute")
@@ -176,6 +180,8 @@ class FullSize:
     def __init__(self, args: argparse.Namespace, device: torch.device, found: dict):
         self.args, self.device, self.found = args, device, found
         self.size, self.sampler = SIZES[args.model], SamplerConfig()
+        if args.pixels:
+            self.size = replace(self.size, height=args.pixels[0], width=args.pixels[1])
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.steady = 4 if args.quick else args.steady
         self.first_flow: Tensor | None = None  # the reference's, by which other modes are judged
@@ -185,7 +191,7 @@ class FullSize:
         with torch.no_grad():
             self.model = random_model(self.size, self.device, self.dtype)
             text = torch.randn(1, 512, 4096, generator=torch.Generator().manual_seed(1))
-            self.cross_kv = self.model.cross_kv(text.to(self.device))
+            self.cross_kv = self.model.cross_kv(text.expand(self.args.batch, -1, -1).to(self.device))
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         found |= {"weight_bytes": weights, "modes": modes}
         print(f"{self.args.model}: {weights / 2**30:.2f} GiB of weights", flush=True)
@@ -217,23 +223,24 @@ class FullSize:
         began = time.perf_counter()
         facts["error_to_reference"] = self.compare(mode, run, memory)
         facts["first_pass_s"] = time.perf_counter() - began  # kernels are compiled here, if nothing kept them
-        five_s = 21 // self.size.chunk
-        fill = five_s + 2  # by then every mode's memory is full, and its graph captured
+        fill = 21 // self.size.chunk + 2  # by then every mode's memory is full, and its graph captured
         self.roll(run, memory, 2 if mode == "reference" else fill)
         if mode != "reference":  # the second stream captures the graphs of what the first one met
             self.roll(run, memory, fill)
         times = self.roll(run, memory, fill + self.steady, keep=True)
         frames = 4 * self.size.chunk
-        facts["five_seconds"] = {
-            "chunk_ms": times[:five_s], "mean_fps": (frames * five_s - 3) / sum(times[:five_s]) * 1000,
-        }  # fmt: skip
+        facts["mean_fps"] = {
+            f"{seconds} s": (frames * chunks - 3) / sum(times[:chunks]) * 1000
+            for seconds in LENGTHS
+            if (chunks := round(seconds * FPS / frames)) <= len(times)
+        }
         steady = times[fill:]
         p50 = statistics.median(steady)
         passes = len(self.sampler.sigmas) + 1
         flop = self.size.chunk_flop(keys, passes)
         facts["steady"] = {
             "p50_ms": p50, "p95_ms": statistics.quantiles(steady, n=20, method="inclusive")[-1],
-            "fps": frames / p50 * 1000, "chunk_ms": steady, "keys": keys,
+            "fps": frames / p50 * 1000, "chunk_ms": times, "keys": keys,
             "ideal_ms": flop / IDEAL_FLOPS * 1000, "of_ideal": flop / IDEAL_FLOPS * 1000 / p50,
         }  # fmt: skip
         if self.device.type == "cuda":
@@ -251,7 +258,7 @@ class FullSize:
         name, _, block_tokens = name.partition("@")
         size, args = self.size, self.args
         if name == "reference":
-            loop = EagerLoop(self.model, size, 21, self.device, self.dtype)
+            loop = EagerLoop(self.model, size, 21, args.batch, self.device, self.dtype)
             return loop, loop, 21 * size.frame_tokens
         attention = {
             "dense": AttentionConfig(mode="window", window_frames=21, sink_frames=0),
@@ -266,7 +273,7 @@ class FullSize:
         )
         memory = core["state"].StreamState(
             layers=size.layers, heads=size.heads, head_dim=size.dim // size.heads, grid=size.grid,
-            chunk_frames=size.chunk, attention=attention, dtype=self.dtype, device=self.device,
+ chunk_frames=size.chunk, attention=attention, batch=args.batch, dtype=self.dtype, device=self.device,
         )  # fmt: skip
         if "composable" in extras:
             run, why = fast.ComposablePass(self.model, memory), "composable pass: asked for"
@@ -284,7 +291,7 @@ class FullSize:
     def compare(self, mode: str, run: Callable, memory) -> float | None:
         """Relative error of the first pass over an empty memory against the reference's."""
         size = self.size
-        shape = (1, 16, size.chunk, size.height // 8, size.width // 8)
+        shape = (self.args.batch, 16, size.chunk, size.height // 8, size.width // 8)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(self.device)
         memory.begin_chunk(size.chunk)
         flow = run(x, 1.0, self.cross_kv).float()
@@ -306,7 +313,7 @@ class FullSize:
 
         memory.reset()
         yield from stream(
-            denoise, memory, self.sampler, shape=(1, 16, size.height // 8, size.width // 8),
+            denoise, memory, self.sampler, shape=(self.args.batch, 16, size.height // 8, size.width // 8),
             total_frames=count * size.chunk, device=self.device,
         )  # fmt: skip
 
@@ -324,7 +331,7 @@ class FullSize:
 
         def chunk() -> None:
             memory.begin_chunk(self.size.chunk)
-            x = torch.zeros(1, 16, self.size.chunk, self.size.height // 8, self.size.width // 8)
+            x = torch.zeros(self.args.batch, 16, self.size.chunk, self.size.height // 8, self.size.width // 8)
             x = x.to(self.device)
             for sigma in (*self.sampler.sigmas, 0.0):
                 run(x, sigma, self.cross_kv)
@@ -341,7 +348,7 @@ class FullSize:
         try:
             with torch.no_grad(), building(self.device, self.dtype):
                 self.decoder = self.new_decoder()
-            latent = torch.randn(1, 16, size.chunk, size.height // 8, size.width // 8)
+            latent = torch.randn(self.args.batch, 16, size.chunk, size.height // 8, size.width // 8)
             times = [self.decode(latent.to(self.device, self.dtype)) for _ in range(4)]
         except Exception as error:
             traceback.print_exc()
@@ -422,9 +429,9 @@ class EagerLoop:
     copying. Attention is PyTorch's, by cuDNN where it can, the fastest dense one there is here.
     """
 
-    def __init__(self, model, size: Size, frames: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, model, size: Size, frames: int, batch: int, device: torch.device, dtype: torch.dtype):
         self.model, self.size = model, size
-        shape = (1, frames * size.frame_tokens, size.heads, size.dim // size.heads)
+        shape = (batch, frames * size.frame_tokens, size.heads, size.dim // size.heads)
         self.k, self.v = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(size.layers)] for _ in "kv"
         )
@@ -465,7 +472,7 @@ class EagerLoop:
         model, frames = self.model, x_BCFHW.shape[2]
         ranges = fast.named_range
         x = model.patch_embedding(x_BCFHW.to(model.dtype)).flatten(2).transpose(1, 2)
-        t = wan.frame_timesteps(sigma, 1, frames, x.device)
+        t = wan.frame_timesteps(sigma, x.shape[0], frames, x.device)
         e = model.time_embedding(wan.timestep_embedding(t, model.freq_dim).to(model.dtype))
         e0 = model.time_projection(e).unflatten(2, (6, -1))
         for layer, block in enumerate(model.blocks):
@@ -486,7 +493,7 @@ class EagerLoop:
         m = (model.head.modulation[:, None] + e[:, :, None]).chunk(2, dim=2)
         patches = model.head.head(self.modulated(x, model.head.norm, m[0], m[1], frames))
         height, width = self.size.grid
-        grid = patches.view(1, frames, height, width, 2, 2, -1)
+        grid = patches.view(x.shape[0], frames, height, width, 2, 2, -1)
         return torch.einsum("bfhwpqc->bcfhpwq", grid).reshape(x_BCFHW.shape).to(x_BCFHW.dtype)
 
     def self_attention(self, layer: int, own, x: Tensor, frames: int) -> Tensor:
@@ -629,11 +636,12 @@ def say(mode: str, facts: dict) -> None:
     if "error" in facts:
         print(f"{mode}: FAILED, {facts['error']}", flush=True)
         return
-    steady, short = facts["steady"], facts["five_seconds"]
+    steady = facts["steady"]
+    lengths = ", ".join(f"{length} at {fps:.1f} FPS" for length, fps in facts["mean_fps"].items())
     split = ", ".join(f"{part} {ms:.1f}" for part, ms in facts.get("split_ms", {}).items())
     print(
         f"{mode}: steady p50 {steady['p50_ms']:.1f} ms, p95 {steady['p95_ms']:.1f} ms, {steady['fps']:.1f} FPS, "
-        f"{100 * steady['of_ideal']:.0f} % of ideal; 5 s at {short['mean_fps']:.1f} FPS; "
+        f"{100 * steady['of_ideal']:.0f} % of ideal; {lengths}; "
         f"cache {facts['cache_bytes'] / 1e9:.2f} GB, peak {facts.get('peak_bytes', 0) / 1e9:.2f} GB"
         + (f"; ms: {split}" if split else "")
         + f"; {facts['took_s']} s",
@@ -657,9 +665,13 @@ def summary(modes: dict[str, dict]) -> None:
                 print(f"{mode} over {base}: not given, its first pass is {error:.3f} off the reference")
                 continue
             steady = modes[base]["steady"]["p50_ms"] / facts["steady"]["p50_ms"]
-            short = facts["five_seconds"]["mean_fps"] / modes[base]["five_seconds"]["mean_fps"]
-            facts[f"over_{base}"] = {"steady": steady, "five_seconds": short}
-            print(f"{mode} over {base}: steady {steady:.2f}x, 5 s {short:.2f}x")
+            known = facts["mean_fps"].keys() & modes[base]["mean_fps"].keys()
+            over = {length: facts["mean_fps"][length] / modes[base]["mean_fps"][length] for length in known}
+            facts[f"over_{base}"] = {"steady": steady, **over}
+            said = ", ".join(
+                f"{length} {over[length]:.2f}x" for length in facts["mean_fps"] if length in known
+            )
+            print(f"{mode} over {base}: steady {steady:.2f}x, {said}")
 
 
 def plot_split(modes: dict[str, dict], out: Path, size: tuple[int, int] = (900, 420)) -> None:

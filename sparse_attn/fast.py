@@ -282,8 +282,7 @@ class FastPass:
 
     def _rope_of(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rope is None:
-            cos, sin = self.model.rope(self.memory.t_start, frames, height, width, "cpu")
-            self._rope = upload(cos, device), upload(sin, device)
+            self._rope = self.model.rope(self.memory.t_start, frames, height, width, device)
         return self._rope
 
     def _extent(self) -> float:
@@ -441,7 +440,10 @@ class FastPass:
     def _pbsa(self, layer: int, cache: PagedKV, q_blocks: Tensor, lists: BlockLists) -> tuple[Tensor, Tensor]:
         pages = cache.k_pages[layer], cache.v_pages[layer], cache.page_len[layer]
         # what lies behind a page's end was written as zeros, here and by `BlockGeometry.pack`
-        return pbsa_attention(q_blocks, *pages, lists, padding="finite", backend=self.backend)
+        least = cache.least_tokens
+        return pbsa_attention(
+            q_blocks, *pages, lists, padding="finite", least_tokens=least, backend=self.backend
+        )
 
     # CUDA graphs
 

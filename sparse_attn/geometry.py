@@ -1,8 +1,9 @@
 """How the tokens of a chunk are cut into blocks.
 
-A block is a compact tile in space and time, so that one pooled vector can stand for it. Grids rarely divide by the
-block size (30x52 tokens by 64): each axis is split as evenly as possible, tiles differ by at most one along it, and the
-unused rows of a block are padding that no kernel reads.
+A block is a compact tile in space and time, so that one pooled vector can stand for it. Where boxes fill the blocks, it
+is a box. Grids rarely divide so (30x52 tokens by 128): boxes would leave rows of every block empty, which a kernel
+computes all the same. There, blocks are runs of tokens along strips of the boxes' height, back and forth as a plough
+goes: about as compact, and as few as the tokens allow. Unused rows of a block are padding that no kernel reads.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torch import Tensor
 
 
 class BlockGeometry:
-    """Tiles of one chunk of `frames` x `height` x `width` tokens, each of at most `block_tokens` (T).
+    """Blocks of one chunk of `frames` x `height` x `width` tokens, each of at most `block_tokens` (T).
 
-    tile (t, h, w): the largest tile; num_blocks NB; num_tokens N; lens [NB] int32: the tokens in each block;
-    first_frame [NB] int32: the chunk's frame in which the block begins; tokens [NB, T] int32: the chunk's token in each
-    row of each block, -1 for none. Blocks run over time, then height, then width.
+    num_blocks NB; num_tokens N; lens [NB] int32: the tokens in each block, which differ by as little as they can within
+    the frames that a block spans; first_frame [NB] int32: the chunk's frame in which the block begins; tokens [NB, T]
+    int32: the chunk's token in each row of each block, -1 for none. Blocks run over time, then height, then width.
     `device` is where these tensors are, and where `pack` and `unpack` work.
     """
 
@@ -30,13 +31,13 @@ class BlockGeometry:
                 f"a chunk of {frames} x {height} x {width} tokens in blocks of {block_tokens}: all must be 1 or more."
             )
         self.grid, self.block_tokens = (frames, height, width), block_tokens
-        counts = choose_counts(self.grid, block_tokens)
-        self.tile = tuple(-(-size // count) for size, count in zip(self.grid, counts))
         self.num_tokens = frames * height * width
-        self.num_blocks = counts[0] * counts[1] * counts[2]
-        block_of_token = _block_of_token(self.grid, counts)
-        lens = torch.bincount(block_of_token, minlength=self.num_blocks)
-        first_frame = _axis_starts(frames, counts[0]).repeat_interleave(counts[1] * counts[2])
+        block_of_token = _block_of_token(self.grid, block_tokens)
+        lens = torch.bincount(block_of_token)
+        self.num_blocks = len(lens)
+        frame_of_token = torch.arange(frames).repeat_interleave(height * width)
+        first_frame = torch.full((self.num_blocks,), frames)
+        first_frame.scatter_reduce_(0, block_of_token, frame_of_token, "amin")
         self.lens, self.first_frame = (x.to(device, torch.int32) for x in (lens, first_frame))
         rows = _padded_rows(block_of_token, lens, block_tokens)
         tokens = torch.full((self.num_blocks * block_tokens,), -1, dtype=torch.int32)
@@ -88,13 +89,28 @@ def _axis_starts(size: int, count: int) -> Tensor:
     return torch.arange(count) * size // count
 
 
-def _block_of_token(grid: tuple[int, int, int], counts: tuple[int, int, int]) -> Tensor:
+def _block_of_token(grid: tuple[int, int, int], block_tokens: int) -> Tensor:
     """[N] int64: the block that each token belongs to, tokens in frame, height, width order."""
+    _, height, width = grid
+    counts = choose_counts(grid, block_tokens)
     t, h, w = (
         torch.bucketize(torch.arange(size), _axis_starts(size, count), right=True) - 1
         for size, count in zip(grid, counts)
     )
-    return ((t[:, None, None] * counts[1] + h[:, None]) * counts[2] + w).flatten()
+    spans = t.bincount().tolist()  # of frames, which blocks do not cross
+    runs = [-(-span * height * width // block_tokens) for span in spans]
+    if sum(runs) == counts[0] * counts[1] * counts[2]:
+        return ((t[:, None, None] * counts[1] + h[:, None]) * counts[2] + w).flatten()
+    column = torch.arange(width)
+    along = torch.where(h[:, None] % 2 == 0, column, width - 1 - column)  # every other strip runs back
+    plough = (h[:, None] * width + along) * height + torch.arange(height)[:, None]  # strip, column, row
+    parts, first = [], 0
+    for span, count in zip(spans, runs):
+        frame = torch.arange(span)[:, None, None]
+        place = (plough * span + frame).flatten().argsort().argsort()
+        parts.append(first + place * count // len(place))
+        first += count
+    return torch.cat(parts)
 
 
 def _padded_rows(block_of_token: Tensor, lens: Tensor, block_tokens: int) -> Tensor:

@@ -36,7 +36,7 @@ class PagedKV:
     k_pages, v_pages [L, G, S, T, D]; page_len [L, G, S] int32, valid tokens at the front of a page; page_frame
     [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); page_block [L, G, S] int32,
     the block's number in its chunk, for the memory map; pooled [L, G, S, D] float32, mean of the page's keys; table
-    [L, G, S] int64, the permutation of slots described above.
+    [L, G, S] int64, the permutation of slots described above. least_tokens: what every page in use holds at least.
     S = (persistent_frames + window_frames) / chunk_frames * blocks a chunk.
     """
 
@@ -56,6 +56,10 @@ class PagedKV:
         self._geometries: dict[int, BlockGeometry] = {}
         self._device = torch.device(device)
         blocks = self.geometry(chunk_frames).num_blocks
+        lengths = range(1, chunk_frames + 1)  # the last chunk may be a short one, and a given first
+        self.least_tokens = min(
+            int(BlockGeometry(n, *grid, attention.block_tokens).lens.min()) for n in lengths
+        )
         self.window_chunks = attention.window_frames // chunk_frames
         self.capacity = attention.persistent_frames // chunk_frames * blocks
         table_shape = (layers, groups, self.capacity + self.window_chunks * blocks)

@@ -23,6 +23,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .rollout import upload
+
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     """Rotary pairs of a head for (time, height, width); head_dim 128 -> (22, 21, 21)."""
@@ -69,12 +71,12 @@ def shift_time(k: Tensor, delta_frames: int, head_dim: int, theta: float = 1e4) 
 def _axis_table(start: int, size: int, pairs: int, theta: float, device: torch.device) -> Tensor:
     """[2, size, pairs] float32: cosines and sines along one axis; the exponent 2i / axis_dim is i / pairs.
 
-    Kept, because a copy to the device waits for what it still computes: once a chunk is enough.
+    Kept: a chunk's passes and layers ask for the same ones.
     """
     with torch.inference_mode(False):  # what is kept must serve training too
         frequencies = theta ** -(torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
         angles = torch.outer(torch.arange(start, start + size, dtype=torch.float64), frequencies)
-        return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+        return upload(torch.stack([angles.cos(), angles.sin()]).float(), device)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -235,6 +235,7 @@ class StreamState:
             cache.page_len[layer],
             lists,
             padding="finite",  # pages start as zeros, and blocks are packed with zeros
+            least_tokens=cache.least_tokens,
             grad_pages=cache.current[layer].to(torch.int32) if k_pages.requires_grad else None,
             backend=self.attention.backend,
         )

@@ -45,6 +45,7 @@ def pbsa_attention(
     *,
     scale: float | None = None,
     padding: str = "any",
+    least_tokens: int = 0,
     grad_pages: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,7 @@ def pbsa_attention(
     padding: a promise about the tokens behind page_len in k_pages and v_pages, which lets faster kernels run.
         "any": they may hold anything, NaN too; "finite": they hold numbers, as zeros are; "none": there are none, every
         listed page is full. A broken promise gives wrong numbers.
+    least_tokens: another promise, that every listed page holds at least so many tokens, whose rows then need no mask.
     grad_pages [G, NC] int32, slots distinct within a group: only these pages get a gradient in k_pages and v_pages, for
         all others it is zero and costs nothing. None: every page. Training names the new chunk's pages.
 
@@ -68,6 +70,8 @@ def pbsa_attention(
     _check_attention(q, k_pages, v_pages, page_len, lists)
     if padding not in PADDINGS:
         raise ValueError(f"padding must be {', '.join(PADDINGS[:-1])} or {PADDINGS[-1]}, got {padding!r}")
+    if not 0 <= least_tokens <= q.shape[2]:
+        raise ValueError(f"least_tokens must be 0 to {q.shape[2]}, the tokens of a page, got {least_tokens}")
     if grad_pages is not None:
         expect("grad_pages", grad_pages, (q.shape[0], None), q.device, torch.int32, "[G, NC]")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -78,7 +82,8 @@ def pbsa_attention(
         case "triton":
             from . import triton
 
-            return triton.attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding)
+            promises = padding, least_tokens
+            return triton.attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, *promises)
         case _:
             if grad_pages is not None:
                 k_pages, v_pages = (reference.only_pages(x, grad_pages) for x in (k_pages, v_pages))

@@ -2,8 +2,8 @@
 
 `observe` knows nothing of the prompt. `judge` compares what was observed with a scene. The steps: label each pixel with
 the nearest palette colour; follow each sprite colour's blob; name its shape by overlap with area-normalised templates,
-its size by area, its motion by its track; name the background by its mean colour and the energy of a few spatial
-frequencies.
+sharp and blurred ones, its size by area, its motion by its track; name the background by its mean colour and the energy
+of a few spatial frequencies.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MIN_SEEN = 0.2  # share of frames in which a colour must be seen to be called a 
 MIN_STEADY = 0.15  # and in which its blob must be steady; the rests of a camera pan are a fifth of 81 frames
 FASTEST = 6.0  # pixels a frame; the fastest sprite makes 4.3, a camera pan 11
 TEMPLATE = 40  # side of a normalised shape template
+SOFT = 0.136  # deviation of the blur of a soft template, in radii: 3 pixels of a small sprite
 REACH = 1.9  # half side of a template in units of sqrt(area / pi)
 
 
@@ -94,7 +95,16 @@ def observe(video_FHWC: Tensor) -> Observation:
     return Observation(tuple(sprites), *_observe_background(video_FHWC.float(), labels))
 
 
+def _without_edges(mask_FHW: Tensor) -> Tensor:
+    """The mask near its solid parts: where two other colours meet, their blend can be a thin line of this one."""
+    mask = mask_FHW[:, None].float()
+    solid = F.avg_pool2d(mask, 7, 1, 3) > 0.8
+    near = F.max_pool2d(solid.float(), 25, 1, 12)[:, 0] > 0
+    return mask_FHW & near
+
+
 def _observe_colour(mask_FHW: Tensor, name: str) -> SeenSprite | None:
+    mask_FHW = _without_edges(mask_FHW)
     area = mask_FHW.sum((1, 2)).float()
     seen = area > MIN_AREA
     if seen.float().mean() < MIN_SEEN:
@@ -138,19 +148,27 @@ def _steady(cx: Tensor, cy: Tensor, area: Tensor, seen: Tensor) -> Tensor:
 
 @functools.cache
 def templates() -> tuple[Tensor, tuple[float, ...]]:
-    """Masks [shapes, T, T] of equal area, centred on their centroids, and each shape's area at radius 1."""
+    """Masks [2, shapes, T, T] of equal area, centred on their centroids, and each shape's area at radius 1.
+
+    Sharp ones, and as compression leaves a small sprite: blurred, so that arms and points are shorter.
+    """
     fine = torch.linspace(-1.3, 1.3, 521)
     y, x = torch.meshgrid(fine, fine, indexing="ij")
-    masks, areas = [], []
-    for shape in SHAPES:
-        inside = (shape_distance(shape, x * 100, y * 100, 100.0) < 0).float()
-        area = inside.mean().item() * 2.6**2
-        cx, cy = (inside * x).sum() / inside.sum(), (inside * y).sum() / inside.sum()
-        grid = torch.linspace(-1, 1, TEMPLATE) * REACH * math.sqrt(area / math.pi)
-        gy, gx = torch.meshgrid(grid + cy, grid + cx, indexing="ij")
-        masks.append((shape_distance(shape, gx * 100, gy * 100, 100.0) < 0).float())
-        areas.append(area)
-    return torch.stack(masks), tuple(areas)
+    inside = torch.stack([(shape_distance(s, x * 100, y * 100, 100.0) < 0).float() for s in SHAPES])
+    bell = torch.exp(-(torch.linspace(-3, 3, 2 * round(3 * SOFT * 200) + 1).square()) / 2)
+    kernel = (bell / bell.sum())[None, None]
+    soft = F.conv2d(inside[:, None], kernel[..., None], padding="same")
+    soft = (F.conv2d(soft, kernel[:, :, None], padding="same")[:, 0] > 0.5).float()
+    masks = []
+    for mask in (*inside, *soft):
+        area = mask.mean().item() * 2.6**2
+        cx, cy = (mask * x).sum() / mask.sum(), (mask * y).sum() / mask.sum()
+        line = torch.linspace(-1, 1, TEMPLATE) * REACH * math.sqrt(area / math.pi)
+        gy, gx = torch.meshgrid(line + cy, line + cx, indexing="ij")
+        grid = torch.stack([gx, gy], dim=-1)[None] / 1.3
+        masks.append(F.grid_sample(mask[None, None], grid, align_corners=True)[0, 0] > 0.5)
+    areas = tuple(mask.mean().item() * 2.6**2 for mask in inside)
+    return torch.stack(masks).unflatten(0, (2, -1)), areas
 
 
 def _name_shape(mask_FHW: Tensor, cx: Tensor, cy: Tensor, area: Tensor) -> tuple[str, float]:
@@ -163,9 +181,9 @@ def _name_shape(mask_FHW: Tensor, cx: Tensor, cy: Tensor, area: Tensor) -> tuple
     gy = (cy[:, None] + half[:, None] * line) / (h - 1) * 2 - 1
     grid = torch.stack(torch.broadcast_tensors(gx[:, None, :], gy[:, :, None]), dim=-1)
     crop = F.grid_sample(mask_FHW[:, None].float(), grid, align_corners=True)[:, 0] > 0.5
-    both = (crop[:, None] & (masks[None] > 0.5)).sum((2, 3)).float()
-    either = (crop[:, None] | (masks[None] > 0.5)).sum((2, 3)).float()
-    overlap = both / either.clamp(min=1)
+    both = (crop[:, None, None] & masks).sum((3, 4)).float()
+    either = (crop[:, None, None] | masks).sum((3, 4)).float()
+    overlap = (both / either.clamp(min=1)).amax(1)  # of the sharp and the soft template
     # The frames in which some shape fits best are the ones to trust.
     trusted = overlap.max(1).values >= overlap.max(1).values.median()
     best = int(overlap[trusted].mean(0).argmax())
@@ -213,13 +231,17 @@ def _is_pan(cx: Tensor, cy: Tensor, whole: Tensor, seen: Tensor) -> bool:
 
 
 def _turns(cx: Tensor, cy: Tensor, whole: Tensor) -> bool:
-    """True where the path keeps turning one way (an orbit); a bounce is straight between its corners."""
+    """True where the path keeps turning one way, and evenly (an orbit); a bounce is straight between its corners."""
     step = 8
     p = torch.stack([cx, cy], dim=1)
     a, b = p[step:-step] - p[: -2 * step], p[2 * step :] - p[step:-step]
     ok = whole[step:-step] & whole[: -2 * step] & whole[2 * step :]
     angle = torch.atan2(a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0], (a * b).sum(1))[ok]
-    return len(angle) > 0 and angle.median().abs() > math.radians(12)
+    if len(angle) == 0:
+        return False
+    middle = angle.median()
+    least = (angle * middle.sign()).quantile(0.25)
+    return bool(middle.abs() > math.radians(12) and least > 0.4 * middle.abs())
 
 
 def _bands(tone_HW: Tensor) -> Tensor:

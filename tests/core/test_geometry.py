@@ -36,19 +36,40 @@ def test_every_token_lies_in_exactly_one_block(grid, block_tokens):
 
 @settings(deadline=None, max_examples=60)
 @given(grids, st.integers(1, 128))
-def test_blocks_are_boxes_that_differ_by_at_most_one(grid, block_tokens):
+def test_blocks_are_few_compact_and_as_even_as_they_can_be(grid, block_tokens):
+    frames, height, width = grid
     geometry = BlockGeometry(*grid, block_tokens)
     blocks = geometry.pack(token_coordinates(*grid))[0]
-    for axis in range(3):
-        sides = set()
-        for block, length, first in zip(blocks, geometry.lens.tolist(), geometry.first_frame.tolist()):
-            tokens = block[:length]
-            box = tokens.max(0).values - tokens.min(0).values + 1
-            assert int(box.prod()) == length, "a block is a full box"
-            assert first == int(tokens[0, 0]) - 1
-            sides.add(int(box[axis]))
-        assert max(sides) - min(sides) <= 1
-        assert max(sides) == geometry.tile[axis]
+    t, h, _ = (-(-size // count) for size, count in zip(grid, choose_counts(grid, block_tokens)))
+    spans = {}  # first frame of a block -> lengths of the blocks there
+    boxes = True
+    for block, length, first in zip(blocks, geometry.lens.tolist(), geometry.first_frame.tolist()):
+        tokens = block[:length] - 1
+        sides = tokens.max(0).values - tokens.min(0).values + 1
+        boxes &= int(sides.prod()) == length
+        assert first == int(tokens[:, 0].min())
+        assert int(sides[0]) <= t and int(sides[1]) <= 2 * h, "a run turns into the next strip at most"
+        spans.setdefault(first, []).append(length)
+    for first, lengths in spans.items():
+        span = min((f for f in spans if f > first), default=frames) - first
+        assert sum(lengths) == span * height * width, "no block crosses a span of frames"
+        if not boxes:
+            assert len(lengths) == -(-sum(lengths) // block_tokens), "no block too many"
+            assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize(("grid", "tokens"), [((3, 30, 52), 128), ((3, 45, 80), 64), ((3, 52, 30), 128)])
+def test_runs_are_about_as_compact_as_boxes(grid, tokens):
+    """Mean squared distance of a block's tokens from its centre, in rows and columns."""
+    geometry = BlockGeometry(*grid, tokens)
+    blocks = geometry.pack(token_coordinates(*grid))[0].float()
+    spread = [
+        (block[:n, 1:] - block[:n, 1:].mean(0)).square().sum(1).mean()
+        for block, n in zip(blocks, geometry.lens.tolist())
+    ]
+    _, h, w = (-(-size // count) for size, count in zip(grid, choose_counts(grid, tokens)))
+    box = (h * h + w * w - 2) / 12
+    assert sum(spread) / len(spread) < 1.35 * box
 
 
 @settings(deadline=None, max_examples=30)
@@ -76,18 +97,18 @@ def test_a_shorter_chunk_never_needs_more_blocks(grid, block_tokens, fewer):
 
 
 @pytest.mark.parametrize(
-    ("grid", "blocks", "tile"),
+    ("grid", "blocks", "lengths"),
     [
-        ((3, 30, 52), 78, (3, 5, 4)),  # 480 x 832, landscape
-        ((3, 52, 30), 78, (3, 4, 5)),  # portrait
-        ((1, 30, 52), 26, (1, 15, 4)),  # frame by frame
-        ((3, 16, 16), 12, (1, 8, 8)),
-        ((1, 1, 1), 1, (1, 1, 1)),
+        ((3, 30, 52), 74, {63, 64}),  # 480 x 832, landscape: boxes would be 78 of 60
+        ((3, 52, 30), 74, {63, 64}),  # portrait
+        ((1, 30, 52), 25, {62, 63}),  # frame by frame
+        ((3, 16, 16), 12, {64}),  # boxes of 8 x 8
+        ((1, 1, 1), 1, {1}),
     ],
 )
-def test_known_grids(grid, blocks, tile):
+def test_known_grids(grid, blocks, lengths):
     geometry = BlockGeometry(*grid, 64)
-    assert (geometry.num_blocks, geometry.tile) == (blocks, tile)
+    assert (geometry.num_blocks, set(geometry.lens.tolist())) == (blocks, lengths)
 
 
 @settings(deadline=None, max_examples=30)

@@ -54,6 +54,23 @@ def test_every_kernel_computes_the_same(kind, rows, keys, tokens, shared, paddin
 
 
 @inside
+@pytest.mark.parametrize(("kind", "rows", "keys", "tokens", "shared"), TILES)
+def test_rows_that_are_never_masked(kind, rows, keys, tokens, shared):
+    """Pages of at least that many tokens: the promise changes no number."""
+    problem = make_problem(blocks=3, slots=4, tokens=tokens, dim=24, longest=3, shared=shared, groups=2)
+    problem.page_len.clamp_(min=tokens - 7)
+    problem = problem.promising("finite").to(torch.float16)
+    variant = Variant(kind, rows, keys, warps=4, stages=2)
+    args = variant, problem.q, problem.k_pages, problem.v_pages, problem.page_len, *problem.lists, 0.2
+    floor = forward.floor_of(tokens - 7, "finite")
+    assert floor == tokens - 8 and forward.floor_of(tokens - 7, "any") == 0
+    for mine, plain in zip(
+        forward.launch(*args, "finite", floor), forward.launch(*args, "finite"), strict=True
+    ):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=0)
+
+
+@inside
 @pytest.mark.parametrize(("kind", "rows", "keys", "tokens", "shared"), TILES[1:6] + TILES[-1:])
 def test_a_split_of_the_last_wave_adds_up(kind, rows, keys, tokens, shared):
     """Parts of no page, empty lists and half-empty tiles among them."""
@@ -72,7 +89,7 @@ def test_a_split_of_the_last_wave_adds_up(kind, rows, keys, tokens, shared):
     )
     out, lse = forward.launch(*args)
     for split in (forward.Split(0, 2), forward.Split(1, 4)):
-        split_out, split_lse = forward.launch(*args, split)
+        split_out, split_lse = forward.launch(*args, split=split)
         torch.testing.assert_close(split_out, out, rtol=0, atol=2e-6)
         torch.testing.assert_close(split_lse, lse, rtol=0, atol=2e-6)
 
@@ -87,7 +104,7 @@ def test_v_in_two_halves(dim):
     tensors = problem.q, problem.k_pages, problem.v_pages
     variant = Variant("specialised", 128, 64, warps=4, stages=3)
     for split in (None, forward.Split(0, 2)):
-        out, lse = forward.launch(variant, *tensors, *tables, dim**-0.5, "finite", split)
+        out, lse = forward.launch(variant, *tensors, *tables, dim**-0.5, "finite", split=split)
         truth_out, truth_lse = attend_literally(problem, torch.float64)
         torch.testing.assert_close(out.double(), truth_out, rtol=0, atol=2e-3)
         torch.testing.assert_close(lse.double(), truth_lse, rtol=0, atol=2e-5)
@@ -170,7 +187,7 @@ def choose():
 def test_a_variant_that_gives_nan_or_wrong_numbers_or_fails_is_not_chosen(on_a_device, monkeypatch, caplog):
     from sparse_forcing_pack.kernels.pbsa import reference
 
-    def launch(variant, q, k, v, page_len, idx, cnt, scale, padding, split):
+    def launch(variant, q, k, v, page_len, idx, cnt, scale, padding, floor, split):
         if variant not in asked:
             asked.append(variant)
         if variant.kind == "specialised":

@@ -115,7 +115,7 @@ def _launch(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *q_store.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3],
             ROWS=rows, D=dim, ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim),
-            PAGES=tokens is not None, num_warps=8,
+            PAGES=tokens is not None, num_warps=4,
         )  # fmt: skip
 
 

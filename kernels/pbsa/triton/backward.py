@@ -48,7 +48,7 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype, tokens: int) -> t
         small = Tile(min(tokens, 32), min(tokens, 32), 4, 1)
         return small, small
     if tokens == 128 and capability[0] in (9, 10):
-        return Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)
+        return Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)
     side = min(tokens, 64)
     return Tile(side, side, 4, 3), Tile(side, side, 8 if side == 64 else 4, 2)
 

@@ -61,11 +61,12 @@ def launch(
     cnt: Tensor,
     scale: float,
     padding: str,
+    floor: int = 0,
     split: Split | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`api.pbsa_attention` by one variant, which must fit the call; idx [G, NR, M], cnt [G, NR].
 
-    split: of the last wave; None lets the device decide.
+    floor: of `floor_of`. split: of the last wave; None lets the device decide.
     """
     groups, blocks, tokens, dim = q.shape
     if scale <= 0:  # the kernels take the maximum before they scale
@@ -97,12 +98,18 @@ def launch(
             q, k_pages, v_pages, page_len, idx, cnt, out, lse,
             *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3],
             *split, rows, tiles, list_rows, lists, idx.shape[2], k_pages.shape[1], scale * math.log2(math.e),
-            T=tokens, KEYS=variant.keys, PADDING=PADDING[padding], PRECISION=precision(q.dtype), **sizes, **extra,
+            T=tokens, KEYS=variant.keys, PADDING=PADDING[padding], FLOOR=floor, PRECISION=precision(q.dtype), **sizes,
+            **extra,
             num_warps=variant.warps, num_stages=variant.stages,
         )  # fmt: skip
         if split_tiles and split.parts > 1:
             merge[(split_tiles,)](out, lse, *split, rows, tiles, list_rows, lists, **sizes, num_warps=8)
     return out[:rows].view(q.shape), lse[:rows].view(q.shape[:3])
+
+
+def floor_of(least_tokens: int, padding: str) -> int:
+    """Rows of a page that need no mask, by `api.pbsa_attention`'s promise; whole eights, as threads hold columns."""
+    return least_tokens // 8 * 8 if padding == "finite" else 0
 
 
 @functools.cache
@@ -151,6 +158,15 @@ def _own_rows(tile, part, parts, whole, num_rows, row, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _valid(tokens, length, FLOOR: tl.constexpr):
+    """Which of these tokens a page holds. Of those below FLOOR the compiler knows, and drops their masks."""
+    valid = tokens < tl.load(length)
+    if FLOOR > 0:
+        valid |= tokens < FLOOR
+    return valid
+
+
+@triton.jit
 def _attend_keys(
     q_tile, k, k_at, v, v_at, valid, acc, top, mass, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, MASK: tl.constexpr, MASK_V: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,7 +191,7 @@ def forward_pointers(
     q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
     whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2,
     T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    PADDING: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, g, which, in_list, part, share = _locate(whole, parts, tiles, num_lists)
     g = g.to(tl.int64)
@@ -208,7 +224,7 @@ def forward_pointers(
                 tokens = (i % PARTS) * KEYS + keys
             valid = tokens < T
             if PADDING > 0:
-                valid = tokens < tl.load(lens + slot)
+                valid = _valid(tokens, lens + slot, FLOOR if PARTS == 1 else 0)
             acc, top, mass = _attend_keys(
                 q_tile, k + slot * k_s, tokens * k_t, v + slot * v_s, tokens * v_t, valid, acc, top, mass, scale_log2,
                 D, D_PAD, PADDING > 0, PADDING == 2, PRECISION,
@@ -236,7 +252,7 @@ def forward_descriptors(
     q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
     whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2,
     T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PADDING: tl.constexpr, PRECISION: tl.constexpr, SPECIALISE: tl.constexpr,
+    PADDING: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr, SPECIALISE: tl.constexpr,
 ):  # fmt: skip
     """Needs q and a group's pages contiguous, D a multiple of 8, KEYS <= T, and numbers behind every page_len."""
     tile, g, which, in_list, part, share = _locate(whole, parts, tiles, num_lists)
@@ -279,7 +295,7 @@ def forward_descriptors(
         k_tile = k_rows.load([slot * T + token, 0])  # [KEYS, D_PAD]
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         if PADDING > 0:
-            valid = token + keys < tl.load(lens + slot)
+            valid = _valid(token + keys, lens + slot, FLOOR if PARTS == 1 else 0)
             scores = tl.where(valid[None, :], scores, float("-inf"))
         weights, factor, top, mass = softmax_step(scores, top, mass, scale_log2)
         v_tile = v_rows.load([slot * T + token, 0])

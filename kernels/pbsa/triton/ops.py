@@ -29,12 +29,13 @@ def _register(name: str, schema: str, run: Callable, shapes: Callable) -> str:
     return name
 
 
-def _attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding):
-    variant = choose_variant(q, k_pages, v_pages, page_len, idx, cnt, padding)
-    return forward.launch(variant, q, k_pages, v_pages, page_len, idx, cnt, scale, padding)
+def _attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding, least_tokens):
+    floor = forward.floor_of(least_tokens, padding)
+    variant = choose_variant(q, k_pages, v_pages, page_len, idx, cnt, padding, floor)
+    return forward.launch(variant, q, k_pages, v_pages, page_len, idx, cnt, scale, padding, floor)
 
 
-def _attention_shapes(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding):
+def _attention_shapes(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding, least_tokens):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -61,8 +62,8 @@ def _pool_shapes(pages, page_len):
 _TABLES = "Tensor page_len, Tensor idx, Tensor cnt"
 _ATTENTION = _register(
     "pbsa_attention",
-    f"(Tensor q, Tensor k_pages, Tensor v_pages, {_TABLES}, Tensor? grad_pages, float scale, str padding)"
-    " -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k_pages, Tensor v_pages, {_TABLES}, Tensor? grad_pages, float scale, str padding, "
+    "int least_tokens) -> (Tensor, Tensor)",
     _attention,
     _attention_shapes,
 )
@@ -92,7 +93,7 @@ pool_pages = getattr(torch.ops.sparse_forcing, _POOL).default
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.padding = inputs
+    *tensors, ctx.scale, ctx.padding, _ = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -108,13 +109,13 @@ def _differentiate(ctx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         grad_out, grad_lse, out, lse, q, k_pages, v_pages, page_len, idx, cnt, targets, ctx.scale, ctx.padding
     )
     if targets is None:
-        return dq, *[None] * 8
+        return dq, *[None] * 9
     if grad_pages is not None:
         at = torch.arange(groups, device=q.device)[:, None], grad_pages.long()
         dk, dv = (
             torch.zeros(k_pages.shape, dtype=x.dtype, device=x.device).index_put(at, x) for x in (dk, dv)
         )
-    return dq, dk, dv, *[None] * 6
+    return dq, dk, dv, *[None] * 7
 
 
 torch.library.register_autograd(

@@ -35,6 +35,7 @@ class Shape:
         bool  # a group's pages lie one behind the other, and all is aligned as the copy engine needs it
     )
     shared: bool  # a list serves more than one query block
+    floor: int = 0  # rows of a page that are never masked; the geometry's, not a call's
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ VARIANTS = (
     Variant("pointers", 128, 64, 4, 3, HOPPER, shared=True, residents=2),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, tokens=(128,), residents=1),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, shared=True, residents=1),
+    Variant("descriptors", 64, 64, 4, 3, HOPPER, tokens=(64,), shared=False, residents=2),
     Variant("pointers", 64, 64, 4, 3, BIG_MEMORY, tokens=(64,), residents=2),
     Variant("pointers", 128, 64, 8, 2, tokens=(128,)),
     Variant("pointers", 64, 64, 4, 3, tokens=(64, 128)),
@@ -114,14 +116,21 @@ _chosen: dict[tuple[Shape, torch.device], Variant] = {}
 
 
 def choose_variant(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_len: Tensor, idx: Tensor, cnt: Tensor, padding: str
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_len: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    padding: str,
+    floor: int = 0,
 ) -> Variant:
     """The variant for a call. The first call of a kind tests variants, which waits for the device: warm up first.
 
     While a CUDA graph is captured nothing can be tested: an untested kind of call then gets the last of its variants.
     Raises RuntimeError if none passes.
     """
-    shape = shape_of(q, k_pages, v_pages, cnt, padding)
+    shape = shape_of(q, k_pages, v_pages, cnt, padding, floor)
     key = (shape, q.device)
     if key not in _chosen:
         wanted = [variant for variant in VARIANTS if variant.wants(shape)]
@@ -136,7 +145,7 @@ def choose_variant(
     return _chosen[key]
 
 
-def shape_of(q: Tensor, k_pages: Tensor, v_pages: Tensor, cnt: Tensor, padding: str) -> Shape:
+def shape_of(q: Tensor, k_pages: Tensor, v_pages: Tensor, cnt: Tensor, padding: str, floor: int = 0) -> Shape:
     """What of a call decides about its variant."""
     tokens, dim = q.shape[2:]
     whole = q.data_ptr() % 16 == 0 and all(
@@ -147,7 +156,7 @@ def shape_of(q: Tensor, k_pages: Tensor, v_pages: Tensor, cnt: Tensor, padding: 
     )
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     shared = cnt.shape[1] < q.shape[1]
-    return Shape(capability, q.dtype, tokens, dim, padding, whole, shared)
+    return Shape(capability, q.dtype, tokens, dim, padding, whole, shared, floor)
 
 
 def passes_self_test(variant: Variant, shape: Shape, device: torch.device) -> bool:
@@ -158,7 +167,7 @@ def passes_self_test(variant: Variant, shape: Shape, device: torch.device) -> bo
     try:
         error = 0.0
         for split in (None, Split(5, 3)):
-            found = launch(variant, *problem, shape.dim**-0.5, shape.padding, split)
+            found = launch(variant, *problem, shape.dim**-0.5, shape.padding, shape.floor, split)
             error += _error(found, problem, shape)
     except Exception as failure:  # whatever a compiler or a launch raises: the next variant may work
         logger.warning("PBSA forward: %s is not used: %s: %s", variant.name, type(failure).__name__, failure)
@@ -179,7 +188,7 @@ def _small_problem(shape: Shape, device: torch.device, groups: int = 8) -> Probl
     tokens, dim = shape.tokens, shape.dim
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(groups, n, tokens, dim, generator=draw) for n in (blocks, slots, slots))
-    page_len = torch.randint(0, tokens + 1, (groups, slots), generator=draw, dtype=torch.int32)
+    page_len = torch.randint(shape.floor, tokens + 1, (groups, slots), generator=draw, dtype=torch.int32)
     if shape.padding == "none":
         page_len.fill_(tokens)
     tail = torch.arange(tokens) >= page_len[..., None]
