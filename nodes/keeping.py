@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..sparse_attn.session import (
     restore_memory,
     save_session,
 )
+from ..sparse_attn.session_files import LatentFile
 from .host import inference_dtype, io
 from .session import ATTENTION, SamplingRun
 from .vae_stream import is_tiny
@@ -155,31 +157,49 @@ def restore_run(session: Session, guider: Any, run: SamplingRun, network: Any, x
 
 
 class SessionKeeper:
-    """Takes a run's session when it ends, where somebody wants it, and writes one every `autosave` chunks (0: never).
+    """Takes a run's session when it ends, where somebody wants it, and saves one every `autosave` chunks (0: never).
 
-    `path` of the file that autosave writes.
+    `path` of the file that autosave writes. A thread writes it while the next chunk is made; the next session is not
+    taken before that is done, so that host memory holds the run's memory once.
     """
 
     def __init__(self, wanted: bool, autosave: int, path: Path):
         self.wanted, self.autosave, self.path = wanted, autosave, path
         self.session: Session | None = None
+        self._latents = LatentFile(path)
+        self._writer = ThreadPoolExecutor(1, "sparse_forcing_session")
+        self._writing: Future[str | None] | None = None
 
     @property
     def active(self) -> bool:
         return self.wanted or self.autosave > 0
 
     def after_chunk(self, chunks: int, last: bool, take: Callable[[], Session]) -> str | None:
-        """`chunks` are done; returns what to tell the viewer where a session could not be written."""
+        """`chunks` are done; returns what to tell the viewer where the session before could not be written."""
         saving = self.autosave > 0 and (last or chunks % self.autosave == 0)
-        if not saving and not (last and self.wanted):
+        problem = self._written(wait=saving)
+        if saving or (last and self.wanted):
+            session = take()
+            if last and self.wanted:
+                self.session = session
+            if saving:
+                self._writing = self._writer.submit(self._save, session, chunks)
+        return problem
+
+    def finish(self) -> str | None:
+        """The run is over: wait for the last session; returns as `after_chunk` does."""
+        self._writer.shutdown()
+        return self._written(wait=True)
+
+    def _written(self, wait: bool) -> str | None:
+        if self._writing is None or not (wait or self._writing.done()):
             return None
-        session = take()
-        if last and self.wanted:
-            self.session = session
-        if not saving:
-            return None
+        writing, self._writing = self._writing, None
+        return writing.result()
+
+    def _save(self, session: Session, chunks: int) -> str | None:
         try:
-            save_session(session, self.path)
+            save_session(session, self.path, self._latents)
         except OSError as error:
             logger.warning(
                 "The session could not be saved to %s; the video goes on.", self.path, exc_info=True

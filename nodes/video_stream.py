@@ -111,6 +111,8 @@ class VideoStream:
             raise
         finally:
             del self.switcher  # it knows this object; a cycle would keep the decoder's memory, too
+            if problem := self.keeper.finish():
+                self.live.say(problem)
         return self.latent[:, :, : self.made]
 
     def finished(self, start: int, stop: int) -> Tensor:

@@ -1,9 +1,10 @@
 """A stream on disk: everything that a run needs to go on tomorrow, bit for bit.
 
 A session is one safetensors file: the memory's snapshots, the decoder's, the latent made so far, and a JSON text in the
-file's metadata that says what it belongs to. Nothing in it is code. It is written beside its final name and moved there
-when it is complete, so a write that dies leaves the earlier file as it was. It is read with distrust: whatever does not
-fit is refused with a sentence, before any work.
+file's metadata that says what it belongs to. One that is written again and again leaves its latent in a file beside it,
+which only grows (session_files.py). Nothing in it is code. It is written beside its final name and moved there when it
+is complete, so a write that dies leaves the earlier file as it was. It is read with distrust: whatever does not fit is
+refused with a sentence, before any work.
 """
 
 from __future__ import annotations
@@ -23,11 +24,22 @@ from torch import Tensor, nn
 
 from .frame_cache import FrameCache
 from .memory import PagedKV
+from .session_files import (
+    SUFFIX,
+    LatentFile,
+    claim,
+    discard_abandoned_parts,
+    discard_parts,
+    latents_of,
+    part_of,
+    read_latent,
+    sync_folder,
+)
 from .state import StreamState
 from .vae import StreamDecoder
 
 VERSION = 1
-SUFFIX = ".session.safetensors"
+VERSION_APART = 2  # the latent lies in a file beside it
 HEADER = "sparse_forcing_session"  # the metadata entry that holds the JSON text
 
 # Names of safetensors' format for what a memory, a decoder or a latent may consist of.
@@ -201,32 +213,43 @@ def check_decoder(saved: dict[str, Tensor], names: set[str]) -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def save_session(session: Session, path: str | Path) -> None:
-    """Write `session` to `path`; whatever happens, the file is then the old one or the new one, whole. OSError."""
+def save_session(session: Session, path: str | Path, latents: LatentFile | None = None) -> None:
+    """Write `session` to `path`; whatever happens, the file is then the old one or the new one, whole. OSError.
+
+    latents: made for `path`, and given again with every later session of a run; it takes the latent's new frames.
+    """
     path = Path(path)
-    tensors = {"latent": session.latent}
+    apart = latents if latents is not None and not latents.taken else None
+    tensors = {"latent": session.latent if apart is None else session.latent[:, :, :0]}
     tensors |= {f"decoder/{name}": tensor for name, tensor in session.decoder.items()}
     for owner, snapshot in session.memory.items():
         tensors |= {f"memory/{owner}/{name}": tensor for name, tensor in snapshot.items()}
     said = {
-        "version": VERSION,
+        "version": VERSION if apart is None else VERSION_APART,
         "identity": session.identity,
         "facts": session.facts,
         "frames": session.frames,
         "memory": list(session.memory),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # in the same folder: a move there is one step
+    discard_abandoned_parts(path.parent)
     try:
-        with open(part, "wb") as file:
+        with open(part_of(path), "wb") as file:
+            claim(file)
+            if apart is not None:
+                said["latents"] = apart.append(session.latent)
             _write(file, tensors, {HEADER: json.dumps(said)})
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        if apart is not None:
+            apart.publish()
+        os.replace(part_of(path), path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        discard_parts(path)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+    if apart is None:
+        latents_of(path).unlink(missing_ok=True)  # belonged to the session that was here
 
 
 def load_session(path: str | Path) -> Session:
@@ -239,12 +262,24 @@ def load_session(path: str | Path) -> Session:
             said = _said(path, (file.metadata() or {}).get(HEADER))
             # cloned: a tensor that is still a view of the file would keep it from being replaced on Windows
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if said["version"] == VERSION_APART:
+            tensors["latent"] = _latent_beside(path, said, tensors.get("latent"))
     except (safetensors.SafetensorError, OSError) as error:
         raise SessionError(
             f"{path.name} cannot be read as a session ({error}): it was cut short, or is another kind of file. "
             "Use an earlier session."
         ) from error
     return _assemble(path, said, tensors)
+
+
+def _latent_beside(path: Path, said: dict[str, Any], like: Tensor | None) -> Tensor:
+    """The latent of a session that leaves it to the file beside it; `like` [B, C, 0, h, w] is its own."""
+    if like is None or like.ndim != 5 or like.shape[2] or like.dtype != torch.float32:
+        raise _damaged(path, "its latent is not one without frames")
+    try:
+        return read_latent(latents_of(path), like, said["frames"], said["latents"])
+    except ValueError as error:
+        raise SessionError(f"{path.name} cannot be gone on with: {error}.") from error
 
 
 def _said(path: Path, text: str | None) -> dict[str, Any]:
@@ -257,12 +292,14 @@ def _said(path: Path, text: str | None) -> dict[str, Any]:
         said = None
     if not isinstance(said, dict) or not isinstance(said.get("version"), int):
         raise _damaged(path, "its description is not readable")
-    if said["version"] != VERSION:
-        remedy = "update the pack" if said["version"] > VERSION else "make it anew"
+    if said["version"] not in (VERSION, VERSION_APART):
+        remedy = "update the pack" if said["version"] > VERSION_APART else "make it anew"
         raise SessionError(
-            f"{path.name} has session version {said['version']}, this pack reads {VERSION}: {remedy}."
+            f"{path.name} has session version {said['version']}, "
+            f"this pack reads {VERSION} and {VERSION_APART}: {remedy}."
         )
     kinds = {"identity": dict, "facts": dict, "frames": int, "memory": list}
+    kinds |= {"latents": str} if said["version"] == VERSION_APART else {}
     if wrong := [name for name, kind in kinds.items() if not isinstance(said.get(name), kind)]:
         raise _damaged(path, f"its description lacks {', '.join(wrong)}")
     if not all(isinstance(name, str) for name in said["memory"]):
@@ -322,15 +359,3 @@ def _contiguous_pieces(tensor: Tensor) -> Iterator[Tensor]:
         return
     for part in tensor:
         yield from _contiguous_pieces(part)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a move in `folder` survive a loss of power, where the system lets folders be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

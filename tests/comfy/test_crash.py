@@ -88,6 +88,8 @@ def test_a_minute_that_is_killed_twice_is_the_minute_that_was_not(host, tmp_path
         ]
         session = video.with_suffix(".session.safetensors").name
         assert (video.parent / session).is_file()
+        assert video.with_suffix(".session.latents").is_file()
+        (video.parent / f".{session}.part").write_bytes(b"killed in the middle of a save")
     with serve(host, base) as server:
         session = newest_session(server)
         assert session.startswith(f"video/killed{KILLED_AFTER[-1]}_")
@@ -100,4 +102,5 @@ def test_a_minute_that_is_killed_twice_is_the_minute_that_was_not(host, tmp_path
         assert latent.shape[2] == 3 * TOTAL
         assert torch.equal(latent, latent_of(server, "whole"))
         assert resumed.read_bytes() == whole.read_bytes()
+        assert not list(resumed.parent.glob(".*")), "what a killed writer left is gone"
         assert frames_of(whole) == (12 * TOTAL - 3, SIZE)

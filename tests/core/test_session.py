@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -32,6 +33,7 @@ from sparse_forcing_pack.sparse_attn.session import (
     restore_memory,
     save_session,
 )
+from sparse_forcing_pack.sparse_attn.session_files import LatentFile, claim, latents_of, part_of
 from sparse_forcing_pack.sparse_attn.state import StreamState
 from sparse_forcing_pack.sparse_attn.vae import StreamDecoder, WanVAE
 from sparse_forcing_pack.sparse_attn.video import Mp4Writer
@@ -153,6 +155,132 @@ def test_a_finished_video_grows_longer(tmp_path, mode):
             rest_of(path, MODES[mode], 6)
 
 
+def test_autosaves_write_each_frame_once(tmp_path):
+    path, run = tmp_path / f"a{SUFFIX}", Run(MODES["window"])
+    beside, chunks = LatentFile(path), run.chunks()
+    frame_bytes, sizes, film = 4 * 16 * SIDE * SIDE, [], b""
+    for made in (3, 6, 9):
+        next(chunks)
+        save_session(run.session(), path, beside)
+        sizes.append(path.stat().st_size)
+        assert latents_of(path).read_bytes().startswith(film), "appended to"
+        film = latents_of(path).read_bytes()
+        assert len(film) == made * frame_bytes
+        assert torch.equal(load_session(path).latent, torch.cat(run.latents, 2))
+    assert sizes[1] == sizes[2], "the file of the memory does not grow"
+    latents, frames = never_stopped("window")
+    new_latents, new_frames = rest_of(path, MODES["window"])
+    assert torch.equal(torch.cat(new_latents, 2), torch.cat(latents[3:], 2))
+    assert torch.equal(torch.cat(new_frames, 2), torch.cat(frames[3:], 2))
+    moved = tmp_path / "elsewhere" / f"b{SUFFIX}"
+    save_session(load_session(path), moved)
+    assert os.listdir(moved.parent) == [moved.name], "a saved session is one file"
+    save_session(load_session(path), path)
+    assert set(os.listdir(tmp_path)) == {path.name, moved.parent.name}
+    assert torch.equal(load_session(moved).latent, load_session(path).latent)
+
+
+def without_a_model(latent: torch.Tensor) -> Session:
+    frames = latent.shape[2]
+    return Session({}, frames, latent, {"x": {"frame": torch.tensor([frames])}})
+
+
+def test_a_latent_of_several_videos_and_one_that_is_gone_meanwhile(tmp_path):
+    path, latent = tmp_path / f"a{SUFFIX}", torch.randn(2, 3, 7, 4, 5)
+    beside = LatentFile(path)
+    for made in (2, 3, 7):
+        if made == 7:
+            latents_of(path).unlink()
+        save_session(without_a_model(latent[:, :, :made]), path, beside)
+        assert torch.equal(load_session(path).latent, latent[:, :, :made])
+
+
+def test_a_loss_of_power_at_any_step_leaves_a_session(tmp_path, monkeypatch):
+    """The folder is copied before and after every sync and move, what was not synced cut short in several places."""
+    folder = tmp_path / "a"
+    path, latents = folder / f"a{SUFFIX}", torch.randn(2, 1, 4, 12, 2, 3)  # two runs, of the same name
+    saved, copies = [0], []  # frames of the sessions that were saved; (copy, frames it must have)
+    synced: dict[int, int] = {}  # bytes by inode
+    folder.mkdir()
+
+    def look():
+        for share in (0, 0.3, 1):
+            copy = tmp_path / f"copy{len(copies)}"
+            shutil.copytree(folder, copy)
+            for file in copy.iterdir():
+                kept = synced.get(folder.joinpath(file.name).stat().st_ino, 0)
+                os.truncate(file, kept + int(share * (file.stat().st_size - kept)))
+            copies.append((copy, saved[-1]))
+
+    def fsync(handle, real=os.fsync):
+        look()
+        real(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+        look()
+
+    def replace(source, target, real=os.replace):
+        look()
+        real(source, target)
+        look()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    for latent, lengths in zip(latents, ((3, 6), (9, 12))):
+        beside = LatentFile(path)
+        for frames in lengths:
+            save_session(without_a_model(latent[:, :, :frames]), path, beside)
+            saved.append(frames)
+    monkeypatch.undo()
+    assert len(copies) > 60
+    for copy, frames in copies:
+        target = copy / path.name
+        if frames or target.exists():
+            session = load_session(target)
+            assert session.frames >= frames
+            assert torch.equal(session.latent, latents[int(session.frames > 6)][:, :, : session.frames])
+        beside = LatentFile(target)
+        for made in (3, 6):  # another run of that name cleans up
+            save_session(without_a_model(latent[:, :, :made]), target, beside)
+        assert torch.equal(load_session(target).latent, latent[:, :, :6])
+        assert set(os.listdir(copy)) == {path.name, latents_of(path).name}
+
+
+def test_parts_of_dead_writers_are_removed(tmp_path):
+    session = without_a_model(torch.zeros(1, 1, 1, 1, 1))
+    for name in "ab":
+        part_of(tmp_path / f"{name}{SUFFIX}").write_bytes(b"half a session")
+        part_of(latents_of(tmp_path / f"{name}{SUFFIX}")).write_bytes(b"half a latent")
+    others = {".a.part", ".part", f"a{SUFFIX}.part"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"not ours")
+    os.symlink(tmp_path / ".a.part", part_of(tmp_path / f"link{SUFFIX}"))
+    with open(part_of(tmp_path / f"b{SUFFIX}"), "r+b") as alive:
+        assert claim(alive)
+        save_session(session, tmp_path / f"c{SUFFIX}")
+        kept = {".b.session.latents.part", f".b{SUFFIX}.part"}
+        assert set(os.listdir(tmp_path)) == others | kept | {f"c{SUFFIX}"}
+    save_session(session, tmp_path / f"c{SUFFIX}")
+    assert set(os.listdir(tmp_path)) == others | {f"c{SUFFIX}"}
+
+
+def test_two_saves_at_once_leave_each_others_parts_alone(tmp_path, monkeypatch):
+    paths, session = (
+        [tmp_path / f"{name}{SUFFIX}" for name in "ab"],
+        without_a_model(torch.randn(1, 1, 2, 2, 2)),
+    )
+    real = module._write
+
+    def write(file, *rest):
+        monkeypatch.setattr(module, "_write", real)
+        save_session(session, paths[1], LatentFile(paths[1]))
+        real(file, *rest)
+
+    monkeypatch.setattr(module, "_write", write)
+    save_session(session, paths[0], LatentFile(paths[0]))
+    for path in paths:
+        assert torch.equal(load_session(path).latent, session.latent)
+
+
 def test_another_process_goes_on_bit_for_bit(tmp_path, saved):
     code = f"""
         import sys
@@ -218,21 +346,24 @@ def test_a_killed_run_leaves_its_session_and_a_video_that_plays(tmp_path):
 
 def endless(path: str, film: str) -> None:
     """Make a video, with a session after every chunk, until somebody kills the process."""
-    run = Run(MODES["window"], 600)
+    run, beside = Run(MODES["window"], 600), LatentFile(path)
     with Mp4Writer(film) as writer:
         for _, frames in run.chunks():
             writer.append(to_uint8(frames))
             session = run.session()
             session.facts |= {"video_bytes": writer.bytes, "video_frames": writer.frames}
             writer.sync()
-            save_session(session, path)
+            save_session(session, path, beside)
 
 
 @pytest.mark.parametrize("broken", ["replace", "fsync", "write"])
-def test_a_write_that_dies_leaves_the_earlier_session(tmp_path, monkeypatch, broken):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_write_that_dies_leaves_the_earlier_session(tmp_path, monkeypatch, broken, apart):
     path = tmp_path / f"a{SUFFIX}"
-    run = save_after(1, MODES["window"], path)
-    before = path.read_bytes()
+    run, beside = Run(MODES["window"]), LatentFile(path) if apart else None
+    next(run.chunks())
+    save_session(run.session(), path, beside)
+    before, files = path.read_bytes(), sorted(os.listdir(tmp_path))
     next(run.chunks())
 
     def fail(*_):
@@ -243,12 +374,16 @@ def test_a_write_that_dies_leaves_the_earlier_session(tmp_path, monkeypatch, bro
     else:
         monkeypatch.setattr(module.os, broken, fail)
     with pytest.raises(OSError, match="No space"):
-        save_session(run.session(), path)
+        save_session(run.session(), path, beside)
+    with pytest.raises(OSError, match="No space"):  # nor a first one
+        save_session(run.session(), tmp_path / "b", LatentFile(tmp_path / "b") if apart else None)
     monkeypatch.undo()
-    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == files
     assert load_session(path).frames == 3
-    save_session(run.session(), path)
-    assert load_session(path).frames == 6
+    if apart:
+        os.truncate(latents_of(path), 3 * 4 * 16 * SIDE**2 + 5)  # and a piece of a frame
+    save_session(run.session(), path, beside)
+    assert torch.equal(load_session(path).latent, torch.cat(run.latents, 2))
 
 
 def test_what_is_written_is_safetensors_own_format(tmp_path):
@@ -300,8 +435,11 @@ def test_files_that_are_no_session_are_refused(tmp_path, saved):
 def test_other_versions_and_damage_are_refused(tmp_path, saved):
     target = tmp_path / "b"
     for changes, message in (
-        ({"version": 2}, "has session version 2, this pack reads 1: update the pack"),
-        ({"version": 0}, "has session version 0, this pack reads 1: make it anew"),
+        ({"version": 3}, "has session version 3, this pack reads 1 and 2: update the pack"),
+        ({"version": 0}, "has session version 0, this pack reads 1 and 2: make it anew"),
+        ({"version": 2}, "its description lacks latents"),
+        ({"version": 2, "latents": ["x"]}, "its description lacks latents"),
+        ({"version": 2, "latents": "x"}, "its latent is not one without frames"),
         ({"identity": None, "frames": "6"}, "its description lacks identity, frames"),
         ({"frames": 7}, "its latent is not one of 7 frames"),
         ({"memory": []}, "'memory/positive.0/frame' does not belong in it|does not belong in it"),
@@ -317,6 +455,44 @@ def test_other_versions_and_damage_are_refused(tmp_path, saved):
     ):
         with pytest.raises(SessionError, match=message):
             load_session(rewrite(saved, target, tensors))
+
+
+def test_a_latent_that_is_not_the_sessions_is_refused(tmp_path):
+    path = tmp_path / f"a{SUFFIX}"
+    save_session(without_a_model(torch.randn(1, 16, 6, SIDE, SIDE)), path, LatentFile(path))
+    beside, target = latents_of(path), tmp_path / f"b{SUFFIX}"
+    data, outside = beside.read_bytes(), tmp_path / "outside"
+    beside.write_bytes(data + b"of a later session that died")
+    assert load_session(path).frames == 6
+    for bytes_there, message in (
+        (data[:-1], "a.session.latents holds 5 of its 6 latent frames: use an earlier session"),
+        (b"", "a.session.latents holds 0 of its 6 latent frames"),
+        (data[:-1] + b"x", "a.session.latents holds other latent frames than its own"),
+        (b"x" + data, "a.session.latents holds other latent frames than its own"),
+    ):
+        beside.write_bytes(bytes_there)
+        with pytest.raises(SessionError, match=message):
+            load_session(path)
+    lost = "its latent is in a.session.latents, which is not beside it: keep the two files together"
+    outside.write_bytes(data)
+    for put in (Path.unlink, Path.mkdir, lambda path: (path.rmdir(), path.symlink_to(outside))):
+        put(beside)
+        with pytest.raises(SessionError, match=lost):
+            load_session(path)
+    latents_of(target).write_bytes(data)
+    load_session(rewrite(path, target))
+    for changes in ({"frames": 2**62}, {"frames": 7}, {"frames": 0}, {"frames": -1}):
+        with pytest.raises(SessionError, match=r"b\.session\.latents holds 6 of its .* latent frames"):
+            load_session(rewrite(path, target, **changes))
+    for latent in (
+        torch.zeros(1, 16, 0, 2**20, 2**20),
+        torch.zeros(1, 16, 0, 0, 4),
+        torch.zeros(1, 16, 0, SIDE, SIDE, dtype=torch.int32),
+        torch.zeros(1, 16, 1, SIDE, SIDE),
+        torch.zeros(0),
+    ):
+        with pytest.raises(SessionError, match=r"holds 0 of its|holds .* of its 6 latent|is not one without"):
+            load_session(rewrite(path, target, {"latent": latent}))
 
 
 def test_another_models_session_is_refused(saved):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,9 +149,49 @@ def check_autosave_outlives_an_interrupt():
     assert name.startswith("long/auto_") and name.endswith("_.session.safetensors")
     session = nodes().LoadSparseForcingSession.execute(name).args[0]
     assert session.frames == 12, "after the fourth chunk of five"
+    latents = pack("sparse_attn.session_files").latents_of(Path(folder_paths.get_output_directory(), name))
+    assert latents.stat().st_size == 4 * session.latent.numel(), "each frame once"
+    assert torch.equal(through_a_file(session, "sessions/apart").latent, session.latent)
+    latents.rename(latents.with_name("elsewhere"))
+    fails(
+        f"its latent is in {latents.name}, which is not beside it",
+        nodes().LoadSparseForcingSession.execute,
+        name,
+    )
     _, latent, new_path, kept = stream_session(model, vae, seconds=4.0, session=session, autosave_chunks=2)
     assert torch.equal(latent, whole) and Path(new_path).read_bytes() == Path(path).read_bytes()
     assert kept.frames == whole.shape[2] and pack("nodes.keeping").SUFFIX in nodes().list_sessions()[0]
+
+
+def check_the_next_chunk_does_not_wait_for_the_disk():
+    keeping, model, vae = pack("nodes.keeping"), apply(tiny_model(), mode="window"), tiny_vae()
+    want = stream_video(model, vae, **LENGTH)[1]
+    real, next_chunk, under_way, seen = keeping.save_session, threading.Event(), [], []
+
+    def slow(session, *rest):
+        under_way.append(session)
+        assert len(under_way) == 1, "one at a time"
+        seen.append((session.frames, next_chunk.wait(60)))
+        real(session, *rest)
+        under_way.clear()
+
+    def made(run, chunk):
+        if chunk.index == 2:
+            next_chunk.set()
+
+    keeping.save_session = slow
+    try:
+        with page(made):
+            latent = stream_video(
+                model, vae, node="4", autosave_chunks=2, filename_prefix="long/slow", **LENGTH
+            )[1]
+    finally:
+        keeping.save_session = real
+    assert torch.equal(latent, want)
+    assert seen == [(6, True), (12, True)] and not under_way, "the run ends when the last one is written"
+    name = nodes().list_sessions()[0]
+    assert name.startswith("long/slow_")
+    assert torch.equal(nodes().LoadSparseForcingSession.execute(name).args[0].latent, want)
 
 
 def check_a_failing_autosave_stops_nothing():
