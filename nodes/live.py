@@ -14,22 +14,25 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..sparse_attn.memory_live import KeptBlocks, copy_tables, summarise
 from ..sparse_attn.pictures import spread
+from ..sparse_attn.state import StreamState
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
 PREVIEW_SIDE = 384  # pixels of a preview's longer side
 PREVIEW_FRAMES = 16  # at most, of a chunk
 PREVIEW_QUALITY = 80  # of the JPEGs; about 15 kB each
-WAITING_MESSAGES = 200  # when the host has more to send than this, the page gets numbers without pictures
+WAITING_MESSAGES = 200  # when the host has more to send than this, the page gets numbers alone
 WAITING_CHUNKS = 2  # the same, when that many chunks' pictures are still being made
 
 MAX_BODY = 16 * 1024
@@ -42,18 +45,20 @@ STOP, PROMPT = "/sparse_forcing/stop", "/sparse_forcing/prompt"
 class LiveRun:
     """One run of the node as the page sees it. `facts` go along with every chunk: what stays the same all the time.
 
-    Pictures are made, and everything is sent, by a thread of its own: 12 frames of 832 x 480 take a CPU up to 0.2 s.
+    `memory` gives the stream whose memory is shown, or None. Pictures and the map of that memory are made, and
+    everything is sent, by a thread of its own: 12 frames of 832 x 480 take a CPU up to 0.2 s, the map of Wan 1.3B 3 ms.
     Requests are left by the server's thread and read by the sampling thread, each in one step, so there is no lock.
     """
 
     def __init__(self, prompt_id: str, node_id: str, client_id: str | None, server: Any):
         self.prompt_id, self.node_id, self.client_id, self.server = prompt_id, node_id, client_id, server
         self.facts: dict[str, Any] = {}
+        self.memory: Callable[[], StreamState | None] = lambda: None
         self.takes_prompts = False
         self.stopping = False
         self._new_prompt: deque[str] = deque(maxlen=1)
         self._typed = False
-        self._previews = True
+        self._off: set[str] = set()  # parts of the view that failed
         self._began = self._last = time.perf_counter()
         self._frames = 0
         self._before = (0, 0)  # frames and chunks that an earlier run made
@@ -94,6 +99,7 @@ class LiveRun:
         self._send(
             "chunk",
             frames,
+            self._attempt("memory map", self._copy_memory, None),
             first_frame=first,
             frame_count=len(frames),
             seconds=round(seconds, 3),
@@ -122,20 +128,26 @@ class LiveRun:
         self._send("end", outcome=outcome, frame_count=self._frames)
         self._sender.shutdown()
 
-    def _send(self, event: str, frames: np.ndarray | None = None, **content: Any) -> None:
-        """Hand an event, and the frames to show with it, to the sending thread."""
+    def _send(
+        self, event: str, frames: np.ndarray | None = None, kept: KeptBlocks | None = None, **content: Any
+    ) -> None:
+        """Hand an event, and the frames and the memory to show with it, to the sending thread."""
         if self.client_id is None:
             return
         self._sending = [task for task in self._sending if not task.done()]
         if frames is not None and len(self._sending) >= WAITING_CHUNKS:
-            frames = frames[:0]
-        self._sending.append(self._sender.submit(self._send_now, event, frames, content))
+            frames, kept = frames[:0], None
+        self._sending.append(self._sender.submit(self._send_now, event, frames, kept, content))
 
-    def _send_now(self, event: str, frames: np.ndarray | None, content: dict[str, Any]) -> None:
+    def _send_now(
+        self, event: str, frames: np.ndarray | None, kept: KeptBlocks | None, content: dict[str, Any]
+    ) -> None:
         try:
             content = {"prompt_id": self.prompt_id, "node": self.node_id, **content}
             if frames is not None:
-                content["pictures"] = self._pictures(frames, content["first_frame"])
+                shown = partial(self._pictures, frames, content["first_frame"])
+                content["pictures"] = self._attempt("preview", shown, [])
+                content["memory"] = self._attempt("memory map", partial(self._summary, kept), None)
             self.server.send_sync(f"sparse_forcing.{event}", content, self.client_id)
         except Exception:
             self.client_id = None
@@ -143,18 +155,33 @@ class LiveRun:
                 "The page could not be told about this run and hears no more of it.", exc_info=True
             )
 
-    def _pictures(self, frames: np.ndarray, first: int) -> list[list[Any]]:
-        """[frame number, JPEG in base64] of the frames to show; none after a failure or where sending lags behind."""
-        if not self._previews:
-            return []
+    def _attempt(self, part: str, make: Callable[[], Any], otherwise: Any) -> Any:
+        """What `make` gives. Where it fails, `otherwise`, and this part of the view is off for the run."""
+        if part in self._off:
+            return otherwise
         try:
-            if self.server.messages.qsize() > WAITING_MESSAGES:
-                return []
-            return [[first + i, jpeg(frames[i])] for i in spread(len(frames), PREVIEW_FRAMES)]
+            return make()
         except Exception:
-            self._previews = False
-            logger.warning("The live preview failed and is off for this run.", exc_info=True)
+            self._off.add(part)
+            logger.warning("The live %s failed and is off for this run.", part, exc_info=True)
+            return otherwise
+
+    def _copy_memory(self) -> KeptBlocks | None:
+        state = None if self.client_id is None else self.memory()
+        return None if state is None else copy_tables(state)
+
+    def _summary(self, kept: KeptBlocks | None) -> dict[str, Any] | None:
+        return None if kept is None or self._lags() else summarise(kept)
+
+    def _pictures(self, frames: np.ndarray, first: int) -> list[list[Any]]:
+        """[frame number, JPEG in base64] of the frames to show."""
+        if self._lags():
             return []
+        return [[first + i, jpeg(frames[i])] for i in spread(len(frames), PREVIEW_FRAMES)]
+
+    def _lags(self) -> bool:
+        """Whether the host has so much to send already that only numbers go along."""
+        return self.server.messages.qsize() > WAITING_MESSAGES
 
 
 # Those in progress, by prompt and node. In a server, `add_routes` makes it one table for all copies of the pack.

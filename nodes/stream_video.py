@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from ..sparse_attn.config import check_size, shifted_sigmas
 from ..sparse_attn.session import SUFFIX, Session
+from ..sparse_attn.state import StreamState
 from ..sparse_attn.timeline import Policy
 from ..sparse_attn.video import Mp4Writer
 from .checks import latent_frames_for, require_wan
 from .host import io
-from .keeping import SESSION, SessionKeeper, check_session, identity_of
+from .keeping import SESSION, SessionKeeper, check_session, identity_of, memories_by_name
 from .live import live_run
 from .prompt_timeline import PromptSwitcher, timeline_of
+from .session import RUN
 from .start import Start
 from .vae_stream import LATENT_CHANNELS, require_wan_vae
 from .video_stream import VideoStream
@@ -284,6 +287,7 @@ class SparseForcingStreamVideo(io.ComfyNode):
         )
         node_id = cls.hidden.unique_id
         with live_run(node_id) as live, Mp4Writer(file, fps) as writer:
+            live.memory = partial(_first_memory, guider)
             samples = job.run(writer, guider, sigmas, first_steps, seed, node_id, live, switcher)
         SparseForcingStreamVideo.steered += live.steered
         saved = ui.SavedResult(file.name, subfolder, io.FolderType.output)
@@ -302,6 +306,12 @@ def _session_wanted(hidden: Any) -> bool:
         return True  # nobody can say
     links = (value for other in prompt.values() for value in other.get("inputs", {}).values())
     return any(isinstance(link, list) and link == [node, 2] for link in links)
+
+
+def _first_memory(guider: comfy.samplers.CFGGuider) -> StreamState | None:
+    """What a running guider's first prompt remembers; of a guided run, the positive one."""
+    memories = memories_by_name(guider, guider.model_options["transformer_options"][RUN])
+    return next(iter(memories.values()), None)
 
 
 def _guider(model: Any, positive: list, negative: list | None, cfg: float) -> comfy.samplers.CFGGuider:

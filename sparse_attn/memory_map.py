@@ -19,8 +19,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .chunk_layout import chunk_layout
 from .config import AttentionConfig, Mode, Positions, pixel_frames
-from .geometry import BlockGeometry
 from .memory import PagedKV
 from .session import SessionError, check_memory
 from .state import StreamState
@@ -34,18 +34,21 @@ COLUMNS, MOST_TILES, TILE_WIDTH, LINE, GAP = 4, 32, 256, 18, 6
 
 @dataclass(frozen=True)
 class MemoryMap:
-    """The blocks that a memory holds after `frames` latent frames, in the order of time, then rows, then columns.
+    """The blocks that a memory holds after `frames` latent frames, in the order of time.
 
-    grid: tokens (height, width) of a frame. places [N, 3] int64: latent frame in which a block begins, block row, block
-    column. boxes [N, 6] int64: first and end frame, first and end row, first and end column, in latent frames and
-    tokens, ends exclusive. part [N] int64, into PARTS: blocks of the sink count as window until they have left it.
-    held [L, B, H, N] float32: 1 where a layer's head holds the block, else 0.
+    grid: tokens (height, width) of a frame. block_tokens: at most in a block. chunks [N, 2] int64: a block's chunk, as
+    its first latent frame and its frames; numbers [N] int64: the block's number in it; `chunk_layout` says where that
+    lies. spans [N, 2] int64: first and end latent frame of the stretch in which a block lies. part [N] int64, into
+    PARTS: blocks of the sink count as window until they have left it. held [L, B, H, N] float32: 1 where a layer's head
+    holds the block, else 0.
     """
 
     grid: tuple[int, int]
+    block_tokens: int
     frames: int
-    places: Tensor
-    boxes: Tensor
+    chunks: Tensor
+    numbers: Tensor
+    spans: Tensor
     part: Tensor
     held: Tensor
 
@@ -80,19 +83,22 @@ def read_memory_map(source: StreamState | dict[str, Tensor]) -> MemoryMap:
     frames, numbers = (tables[name].cpu().gather(2, slots).long() for name in ("page_frame", "page_block"))
     if behind < 0 or not bool(((frames >= 0) & (frames < behind)).all()):
         raise _damaged()
-    older = {_chunk_of(frame, behind, state.chunk_frames) for frame in frames.unique().tolist()}
+    older = {chunk_of(frame, behind, state.chunk_frames) for frame in frames.unique().tolist()}
     starts = [behind + sum(window[:i]) for i in range(len(window))]
     layout = _Layout.of([*sorted(older), *zip(starts, window)], state)
     sink = frames[..., : cache.pinned].unique()
-    part = torch.where(torch.isin(layout.places[:, 0], sink), 0, 1)
-    part[layout.places[:, 0] >= behind] = 2
+    begins = layout.spans[:, 0]
+    part = torch.where(torch.isin(begins, sink), 0, 1)
+    part[begins >= behind] = 2
     held = _held(frames, numbers, layout)
     held[..., part != 1] = 1.0
     return MemoryMap(
         state.grid,
+        state.attention.block_tokens,
         state.frame,
-        layout.places,
-        layout.boxes,
+        layout.chunks,
+        layout.numbers,
+        layout.spans,
         part,
         held.unflatten(1, (state.batch, state.heads)),
     )
@@ -101,8 +107,9 @@ def read_memory_map(source: StreamState | dict[str, Tensor]) -> MemoryMap:
 class _Layout(NamedTuple):
     """The blocks of some chunks, one after the other: as in MemoryMap, and start_of: latent frame -> its chunk's."""
 
-    places: Tensor
-    boxes: Tensor
+    chunks: Tensor
+    numbers: Tensor
+    spans: Tensor
     start_of: dict[int, int]  # latent frame in which a block begins -> where its chunk's blocks begin
 
     @classmethod
@@ -110,35 +117,19 @@ class _Layout(NamedTuple):
         """chunks: (first latent frame, frames) of each, in the order of time."""
         if not chunks:
             raise SessionError("The memory is still empty: finish a chunk first.")
-        places, boxes, count = [], [], 0
+        rows, count = [], 0
         start_of: dict[int, int] = {}
         for start, frames in chunks:
-            place, box = _blocks(BlockGeometry(frames, *state.grid, state.attention.block_tokens))
-            place[:, 0] += start
-            box[:, :2] += start
-            start_of |= dict.fromkeys(place[:, 0].tolist(), count)
-            places.append(place)
-            boxes.append(box)
-            count += len(place)
-        return cls(torch.cat(places), torch.cat(boxes), start_of)
+            span = start + chunk_layout(frames, state.grid, state.attention.block_tokens).spans
+            start_of |= dict.fromkeys(span[:, 0].tolist(), count)
+            chunk = torch.tensor([start, frames]).expand_as(span)
+            rows.append((chunk, torch.arange(len(span)), span))
+            count += len(span)
+        of_chunk, numbers, spans = (torch.cat(parts) for parts in zip(*rows))
+        return cls(of_chunk, numbers, spans, start_of)
 
 
-def _blocks(geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
-    """Places [NB, 3] and boxes [NB, 6] of a chunk's blocks, as in MemoryMap, the chunk beginning at frame 0."""
-    last = geometry.tokens.gather(1, geometry.lens[:, None].long() - 1)
-    corners = torch.cat(
-        [geometry.tokens[:, :1], last], dim=1
-    ).long()  # [NB, 2], a block's tokens are in order
-    _, height, width = geometry.grid
-    begin, end = torch.stack(
-        [corners // (height * width), corners // width % height, corners % width], dim=-1
-    ).unbind(1)
-    rows, columns = (begin[:, axis].unique(return_inverse=True)[1] for axis in (1, 2))
-    boxes = torch.stack([begin, end + 1], dim=-1).flatten(1)
-    return torch.stack([begin[:, 0], rows, columns], dim=-1), boxes
-
-
-def _chunk_of(frame: int, behind: int, chunk_frames: int) -> tuple[int, int]:
+def chunk_of(frame: int, behind: int, chunk_frames: int) -> tuple[int, int]:
     """(first latent frame, frames) of the chunk that a frame before the window belongs to.
 
     All are whole but the video's first, which is shorter where it continues given frames (`rollout.prefill`).
@@ -153,12 +144,12 @@ def _held(frames_LGP: Tensor, numbers_LGP: Tensor, layout: _Layout) -> Tensor:
     """held [L, G, N] from each page's block number; the sink's and the window's blocks are the caller's."""
     distinct, which = frames_LGP.unique(return_inverse=True)
     starts = torch.tensor([_known(frame, layout) for frame in distinct.tolist()], dtype=torch.int64)
-    held = torch.zeros(*frames_LGP.shape[:2], len(layout.places))
+    held = torch.zeros(*frames_LGP.shape[:2], len(layout.spans))
     if not starts.numel():
         return held
     index = starts[which] + numbers_LGP
-    inside = (numbers_LGP >= 0) & (index < len(layout.places))
-    if not bool((inside & (layout.places[index * inside, 0] == frames_LGP)).all()):
+    inside = (numbers_LGP >= 0) & (index < len(layout.spans))
+    if not bool((inside & (layout.spans[index * inside, 0] == frames_LGP)).all()):
         raise _damaged()
     return held.scatter_(2, index, 1.0)
 
@@ -236,7 +227,7 @@ def draw_memory_map(
     """
     shares = memory.shares(layer, head)
     _check_frames(frames, memory.frames)
-    stretches, which = memory.boxes[:, :2].unique(dim=0, return_inverse=True)
+    stretches, which = memory.spans.unique(dim=0, return_inverse=True)
     amount = torch.zeros(len(stretches)).index_add_(0, which, shares)
     some = int((amount > 0).sum())
     drawn = amount.argsort(descending=True, stable=True)[: min(some, MOST_TILES)].sort().values.tolist()
@@ -285,11 +276,11 @@ class _Tile(NamedTuple):
 def _tile(memory: MemoryMap, chosen: Tensor, shares: Tensor, peak: float, picture: Image.Image) -> _Tile:
     """One stretch: its blocks as light on its frame, their borders, and its latent and video frames."""
     part = int(memory.part[chosen][0])  # a stretch lies in one chunk, a chunk in one part
-    light, number = np.zeros(memory.grid, np.float32), np.zeros(memory.grid, np.int32)
-    boxes = memory.boxes[chosen].tolist()
-    for i, (box, share) in enumerate(zip(boxes, shares[chosen].tolist())):
-        place = (slice(*box[2:4]), slice(*box[4:6]))
-        light[place], number[place] = share / peak if part == 1 and peak else share, i
+    (start, frames), (first, end) = (x[chosen][0].tolist() for x in (memory.chunks, memory.spans))
+    blocks = chunk_layout(frames, memory.grid, memory.block_tokens).blocks[first - start : end - start]
+    of_block = torch.zeros(int(blocks.max()) + 1)
+    of_block[memory.numbers[chosen]] = shares[chosen] / peak if part == 1 and peak else shares[chosen]
+    light, number = of_block[blocks].mean(0).numpy(), blocks[0].numpy()
     rows, columns = (
         np.arange(pixels) * tokens // pixels for pixels, tokens in zip(picture.size[::-1], memory.grid)
     )
@@ -301,7 +292,6 @@ def _tile(memory: MemoryMap, chosen: Tensor, shares: Tensor, peak: float, pictur
     border[:, 1:] |= number_HW[:, 1:] != number_HW[:, :-1]
     border[1:] |= number_HW[1:] != number_HW[:-1]
     seen[border] *= 0.75
-    first, end = boxes[0][:2]
     video = (max(0, 4 * first - 3), 4 * (end - 1))
     text = f"latent {_span(first, end - 1)}, video {_span(*video)}"
     return _Tile(Image.fromarray(seen.round().clip(0, 255).astype(np.uint8)), text, COLOURS[part])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pages import PATIENCE, READY, Page, newest_video, picture, settings, workflow
 
@@ -30,6 +32,58 @@ def test_frames_play_during_the_run_and_stop_keeps_a_playable_file(page):
     assert "complete" in page.player("querySelector('.sf-note').textContent")
     queue = page.server.get("/queue")
     assert not queue["queue_running"] or not queue["queue_pending"]
+
+
+COLOURS = """() => {  // of 3 x 3 points of the picture
+    const canvas = document.querySelector('.sf-player canvas');
+    const at = (i, size) => Math.floor((i + 0.5) / 3 * size);
+    const fields = [0, 1, 2].flatMap((y) => [0, 1, 2].map((x) => [at(x, canvas.width), at(y, canvas.height)]));
+    return fields.map((field) => [...canvas.getContext('2d').getImageData(...field, 1, 1).data].slice(0, 3));
+}"""
+
+
+def test_the_memory_is_shown_over_the_video(page):
+    page.tab.set_viewport_size({"width": 720, "height": 1000})  # the host's tool bar lies over the lower edge
+    page.load(workflow(6, seconds=3.3))
+    button, strip = page.button("Memory"), page.root.get_by_role("list", name="Moments in memory")
+    assert button.get_attribute("aria-pressed") == "false" and strip.count() == 0
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    legend = page.root.get_by_role("group", name="Legend of the memory")
+    assert "Only runs in mode sparse" in legend.inner_text()
+    page.queue()
+    page.frames(33)
+    items = strip.get_by_role("listitem")
+    assert items.count() >= 2, "live, while the run goes on"
+    assert page.player("dataset.state") == "running"
+    page.state("finished")
+    page.button("Play").wait_for(timeout=PATIENCE)
+    parts = [items.nth(i).get_attribute("data-part") for i in range(items.count())]
+    assert parts[0] == "sink" and parts[-1] == "window" and "persistent" in parts[1:-1]
+    assert all(
+        word in legend.inner_text() for word in ("sink", "persistent, brightest: ", "window", "forgotten")
+    )
+    assert "This moment: newer than the memory" in legend.inner_text()
+    items.nth(parts.index("persistent")).click()
+    page.tab.wait_for_function(
+        f"() => {page.element}.innerText.includes('This moment: persistent, kept by up to')"
+    )
+    picture(page, "memory_live")
+    items.last.click()
+    page.wait("Number(p.dataset.shown) >= 33 && Number(p.dataset.shown) < 45")
+    assert "This moment: window, kept by all" in legend.inner_text()
+    page.press("Home")
+    page.wait("p.dataset.shown === '0'")
+    assert "This moment: sink, kept by all" in legend.inner_text()
+    tinted = page.tab.evaluate(COLOURS)
+    button.focus()
+    page.tab.keyboard.press("Enter")
+    assert button.get_attribute("aria-pressed") == "false" and strip.count() == 0 and legend.count() == 0
+    page.tab.wait_for_function(f"before => JSON.stringify(({COLOURS})()) !== before", arg=json.dumps(tinted))
+    plain = page.tab.evaluate(COLOURS)
+    for before, after in zip(plain, tinted):
+        want = [0.65 * channel + 0.35 * orange for channel, orange in zip(before, (230, 159, 0))]
+        assert after == pytest.approx(want, abs=3)
 
 
 def test_keys_and_scrub_bar_move_through_what_exists(page):
@@ -122,6 +176,11 @@ def test_renderers_and_themes(browser, server, vue, palette):
             f"() => getComputedStyle({page.element}).backgroundColor.match(/[\\d.]+/g).map(Number)[0]"
         )
         assert (light > 128) == (palette == "light")
+        page.button("Memory").press("Enter")
+        legend, root = page.root.locator(".sf-legend").bounding_box(), page.root.bounding_box()
+        assert legend["height"] > 20 and legend["y"] + legend["height"] < root["y"] + root["height"]
+        assert page.root.get_by_role("listitem").count() >= 1
+        assert page.root.locator("canvas").bounding_box()["height"] > 80
     finally:
         page.tab.close()
         settings(server)

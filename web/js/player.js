@@ -5,6 +5,8 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { MemoryView, STYLE as MEMORY_STYLE } from "./memory_view.js";
+import { clock, decoded, element } from "./parts.js";
 
 const NODE = "SparseForcingStreamVideo";
 const MAX_FRAMES = 1200; // JPEGs kept, about 15 kB each: 18 MB, however long the video
@@ -17,6 +19,7 @@ const STYLE = `
   background: var(--comfy-menu-bg, #222); border: 1px solid var(--border-color, #444); outline-offset: -2px; }
 .sf-player canvas { flex: 1 1 0; min-height: 170px; width: 100%; object-fit: contain; border-radius: 4px;
   background: var(--comfy-input-bg, #111); }
+.sf-player .sf-row .sf-numbers { flex: 1 1 0; min-width: 0; }
 .sf-player .sf-row { display: flex; gap: 6px; align-items: center; }
 .sf-player input { flex: 1 1 0; min-width: 0; }
 .sf-player input[type="text"], .sf-player button { font: inherit; color: var(--input-text, #ddd); padding: 3px 8px;
@@ -96,25 +99,6 @@ export function bytes(count) {
   return `${count} B`;
 }
 
-export function clock(seconds) {
-  const whole = Math.max(0, Math.floor(seconds));
-  const two = (number) => String(number).padStart(2, "0");
-  const minutes = Math.floor(whole / 60);
-  if (minutes < 60) return `${minutes}:${two(whole % 60)}`;
-  return `${Math.floor(minutes / 60)}:${two(minutes % 60)}:${two(whole % 60)}`;
-}
-
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
-function decoded(base64) {
-  return new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type: "image/jpeg" });
-}
-
 class Player {
   constructor() {
     this.store = new FrameStore();
@@ -127,6 +111,7 @@ class Player {
   }
 
   build() {
+    this.memory = new MemoryView(() => this.redraw(), (seconds) => this.seek(seconds));
     this.canvas = element("canvas", { role: "img", "aria-label": "Preview of the video" });
     this.play = element("button", { type: "button" });
     this.scrub = element("input", { type: "range", min: 0, max: 0, step: "any", "aria-label": "Position in seconds" });
@@ -144,21 +129,23 @@ class Player {
     this.promptRow = element("div", { class: "sf-row" }, this.text, this.send);
     this.numbers = element("div", { class: "sf-numbers" }, "The video plays here while it is made.");
     this.note = element("div", { class: "sf-note", role: "status" });
+    const bar = element("div", { class: "sf-bar" }, this.memory.strip, this.scrub);
     this.root = element(
       "div",
       { class: "sf-player", tabindex: 0, role: "group", "aria-label": "Live player: space plays, arrows move" },
       this.canvas,
-      element("div", { class: "sf-row" }, this.play, this.scrub, this.time, this.stop),
+      element("div", { class: "sf-row" }, this.play, bar, this.time, this.stop),
+      this.memory.legend,
       this.prompts,
       this.promptRow,
-      this.numbers,
+      element("div", { class: "sf-row" }, this.numbers, this.memory.button),
       this.note,
     );
     this.play.onclick = () => this.setPlaying(!this.playing);
     this.scrub.oninput = () => this.seek(Number(this.scrub.value));
     this.stop.onclick = () => this.requestStop();
     this.send.onclick = () => this.requestPrompt();
-    this.root.prepend(element("style", {}, STYLE)); // its own, so that the page's head stays the host's
+    this.root.prepend(element("style", {}, MEMORY_STYLE, STYLE)); // its own, so that the page's head stays the host's
     this.root.onkeydown = (event) => this.key(event);
     this.root.onpointerdown = (event) => event.stopPropagation(); // dragging the bar does not drag the node
     this.setPlaying(true);
@@ -170,10 +157,13 @@ class Player {
   chunk(event) {
     if (!this.shows(event)) this.begin(event);
     this.fps = event.fps;
-    for (const [number, picture] of event.pictures) this.store.add(number, decoded(picture));
+    for (const [number, picture] of event.pictures) {
+      this.store.add(number, new Blob([decoded(picture)], { type: "image/jpeg" }));
+    }
     this.length = (event.first_frame + event.frame_count) / this.fps;
     this.scrub.max = this.length;
     this.numbers.textContent = this.numbers.title = numbers(event);
+    this.memory.show(event);
     this.showPrompts(event);
     this.setRunning(!this.ending, event.takes_prompts);
     this.root.dataset.frames = this.store.frames.length;
@@ -203,6 +193,7 @@ class Player {
     this.ending = false;
     this.position = event.first_frame / event.fps; // not 0 where the page was loaded in the middle
     this.store.clear();
+    this.memory.clear();
     this.say("");
     this.setPlaying(true);
     this.root.dataset.state = "running";
@@ -259,6 +250,11 @@ class Player {
     }, 1000 / this.fps);
   }
 
+  redraw() {
+    this.drawn = null;
+    this.draw();
+  }
+
   async draw() {
     this.scrub.value = this.position;
     this.time.textContent = `${clock(this.position)} / ${clock(this.length)}`;
@@ -270,6 +266,7 @@ class Player {
       if (this.canvas.width !== picture.width) this.canvas.width = picture.width;
       if (this.canvas.height !== picture.height) this.canvas.height = picture.height;
       this.canvas.getContext("2d").drawImage(picture, 0, 0);
+      this.memory.draw(this.canvas, frame.number);
       this.root.dataset.shown = frame.number;
     }
     picture?.close();

@@ -10,10 +10,22 @@ import random
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import comfy.model_management
 import torch
-from checks_common import apply, fails, noise, pack, prompt, stream_video, tiny_model, tiny_vae
+from checks_common import (
+    apply,
+    close,
+    fails,
+    log_said,
+    noise,
+    pack,
+    prompt,
+    stream_video,
+    tiny_model,
+    tiny_vae,
+)
 from PIL import Image
 
 
@@ -170,6 +182,49 @@ def check_the_page_is_told_of_every_chunk():
         assert picture.format == "JPEG" and picture.size == (32, 32)
     assert chunks[0]["seconds_left"] > 0 == chunks[-1]["seconds_left"]
     assert sent[-1][1]["outcome"] == "finished"
+
+
+def check_the_page_is_told_what_the_memory_holds():
+    module, vae, maps = pack("sparse_attn.memory_map"), tiny_vae(), []
+
+    def note(run, chunk):
+        maps.append(module.read_memory_map(run.memory()) if chunk.index >= 0 else None)
+
+    for guided in ({}, {"cfg": 2.0, "negative": prompt(2)}):
+        maps.clear()
+        model = apply(tiny_model(), mode="sparse", block_tokens=1, persistent_frames=6)
+        *_, sent = with_page(model, vae, note, seconds=3.0, **guided)
+        told = [content["memory"] for event, content in sent if event == "sparse_forcing.chunk"]
+        assert len(told) == len(maps) == 5
+        for said, found in zip(told, maps):
+            shares, firsts = found.shares(), (4 * found.spans[:, 0] - 3).clamp(min=0)
+            assert [tile["first"] for tile in said["tiles"]] == firsts[shares > 0].unique().tolist()
+            persistent = shares[found.part == 1].tolist()
+            assert said["peak"] == round(max(persistent, default=0.0), 4)
+            for tile in said["tiles"]:
+                (part,) = found.part[firsts == tile["first"]].unique().tolist()
+                assert module.PARTS[part] == tile["part"] and ("shares" in tile) == (part == 1)
+                if part == 1:
+                    # a token is a block here, so what is told of the places are the blocks' shares in their order
+                    got = torch.tensor(list(base64.b64decode(tile["shares"]))) / 255
+                    close(got, shares[firsts == tile["first"]] / said["peak"], 0.01)
+        assert {"sink", "persistent", "window"} == {tile["part"] for tile in told[-1]["tiles"]}
+    for settings in ({"mode": "dense"}, {"mode": "window", "window_frames": 9}):
+        *_, sent = with_page(apply(tiny_model(), **settings), vae)
+        assert [c["memory"] for e, c in sent if e.endswith("chunk")] == [None, None]
+    *_, sent = with_page(model, vae, server=Server(waiting=10_000))
+    assert {(*c["pictures"], c["memory"]) for e, c in sent if e.endswith("chunk")} == {(None,)}
+
+
+def check_a_failing_map_never_stops_sampling():
+    model, vae, live = apply(tiny_model(), mode="sparse", block_tokens=4), tiny_vae(), pack("nodes.live")
+    want = stream_video(model, vae)[1]
+    for name in ("copy_tables", "summarise"):
+        with patch.object(live, name, side_effect=RuntimeError("broken")), log_said() as texts:
+            _, latent, sent = with_page(model, vae)
+        assert torch.equal(latent, want) and texts == ["The live memory map failed and is off for this run."]
+        chunks = [content for event, content in sent if event == "sparse_forcing.chunk"]
+        assert [c["memory"] for c in chunks] == [None, None] and all(c["pictures"] for c in chunks)
 
 
 def check_previews_are_small_and_few():
