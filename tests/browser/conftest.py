@@ -67,10 +67,11 @@ def browser() -> Iterator:
 
 
 @pytest.fixture
-def page(browser, server):
+def page(request, browser, server):
+    """A tab with the front end in it; a test may ask for (Vue renderer, palette) by an indirect parameter."""
     from pages import Page, settings
 
-    settings(server)
+    settings(server, *getattr(request, "param", ()))
     tab = browser.new_page(viewport={"width": 720, "height": 900})
     page = Page(tab, server)
     page.open()

@@ -18,6 +18,23 @@ LONG = 600.0  # seconds of video: longer than any test waits
 
 READY = "window.app?.graph && window.app.extensionManager"
 
+REDNESS = """number => {  // the median of red less blue, of what a player shows
+    const canvas = document.querySelectorAll('.sf-player canvas')[number];
+    const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+    const red = [];
+    for (let i = 0; i < data.length; i += 4) red.push(data[i] - data[i + 2]);
+    return red.sort((a, b) => a - b)[red.length >> 1];
+}"""
+DIFFERENT = """async number => {  // how many different pictures a player has shown; three are enough
+    const canvas = document.querySelectorAll('.sf-player canvas')[number];
+    const seen = new Set();
+    for (let i = 0; i < 600 && seen.size < 3; i++) {
+        if (canvas.width > 1) seen.add(canvas.toDataURL());
+        await new Promise((done) => setTimeout(done, 50));
+    }
+    return seen.size;
+}"""
+
 
 class Page:
     """A tab; `player` chooses among the players in it, in the order of their nodes."""
@@ -44,6 +61,28 @@ class Page:
         self.tab.evaluate("workflow => app.loadGraphData(workflow)", workflow)
         self.tab.wait_for_selector(".sf-player", timeout=PATIENCE)
 
+    def reload(self, workflow: dict) -> None:
+        """The page anew, in the middle of a run; `workflow` where the front end has not kept it."""
+        self.tab.evaluate(
+            "() => app.extensionManager.workflow?.activeWorkflow?.changeTracker?.checkState?.()"
+        )
+        self.tab.reload()
+        self.tab.wait_for_function(READY, timeout=PATIENCE)
+        self.tab.wait_for_timeout(1000)
+        if not self.root.count():
+            self.load(workflow)
+
+    def look(self, vue: bool, palette: str) -> None:
+        """Another renderer and palette, without loading anew."""
+        self.tab.evaluate(
+            """async ([vue, palette]) => {
+                await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
+                await app.extensionManager.setting.set('Comfy.ColorPalette', palette);
+            }""",
+            [vue, palette],
+        )
+        self.tab.wait_for_timeout(500)
+
     def queue(self) -> None:
         self.tab.evaluate("() => app.queuePrompt(0, 1)")
 
@@ -66,6 +105,16 @@ class Page:
 
     def frames(self, count: int) -> None:
         self.wait(f"Number(p.dataset.frames) >= {count}")
+
+    def distinct(self) -> int:
+        return self.tab.evaluate(DIFFERENT, self.number)
+
+    def redness(self) -> int:
+        return self.tab.evaluate(REDNESS, self.number)
+
+    def reddens(self) -> None:
+        """Wait for a picture that is more red than blue."""
+        self.tab.wait_for_function(f"number => ({REDNESS})(number) > 30", arg=self.number, timeout=PATIENCE)
 
     def button(self, name: str) -> Any:
         return self.root.get_by_role("button", name=name)

@@ -249,3 +249,84 @@ def as_api(node: dict, links: list) -> dict:
             inputs[socket["name"]] = sources[socket["link"]]
     assert next(values, None) is None, f"{node['type']} has more values than widgets"
     return {"class_type": node["type"], "inputs": inputs}
+
+
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+CORE = {"CLIPTextEncode": {"clip": "Clip", "text": "String"}}  # the host's own nodes in blueprints
+ENDS = {-10: "inputs", -20: "outputs"}  # what a link of a subgraph calls the subgraph's own sockets
+
+
+def widget_allows(call: ast.Call, value: object) -> bool:
+    """Whether a saved value fits the schema's input."""
+    given = {
+        name: ast.literal_eval(found)
+        for name in ("min", "max", "options")
+        if (found := keyword(call, name)) is not None
+    }
+    kind = attribute_path(call.func).split(".")[-2]
+    if kind == "Combo":
+        return value in given["options"]
+    types = {"Int": int, "Float": (int, float), "Boolean": bool, "String": str}
+    fits = isinstance(value, types[kind]) and isinstance(value, bool) == (kind == "Boolean")
+    return fits and ("min" not in given or given["min"] <= value <= given["max"])
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda p: p.stem)
+class TestBlueprint:
+    @pytest.fixture
+    def host(self, path) -> dict:
+        """The one node that a blueprint puts into a graph."""
+        (node,) = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        return node
+
+    @pytest.fixture
+    def graph(self, path) -> dict:
+        (subgraph,) = json.loads(path.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+        return subgraph
+
+    def test_is_shipped(self, path):
+        ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+        assert f"{path.parent.name}/" not in ignored
+        assert '"subgraphs/*"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+    def test_is_one_node_with_the_subgraphs_sockets(self, path, host, graph):
+        assert host["type"] == graph["id"] and host["title"] == graph["name"] == path.stem
+        assert "(Sparse Forcing" in path.stem and graph["category"] and len(graph["description"]) > 40
+        for side in ENDS.values():
+            assert [(s["name"], s["type"]) for s in host[side]] == [
+                (s["name"], s["type"]) for s in graph[side]
+            ]
+        assert not any(slot.get("link") or slot.get("links") for slot in (*host["inputs"], *host["outputs"]))
+
+    def test_links_agree_at_both_ends(self, graph):
+        nodes = {node["id"]: node for node in graph["nodes"]}
+        found = []
+        for link in graph["links"]:
+            origin, target = link["origin_id"], link["target_id"]
+            source = (graph["inputs"] if origin in ENDS else nodes[origin]["outputs"])[link["origin_slot"]]
+            socket = (graph["outputs"] if target in ENDS else nodes[target]["inputs"])[link["target_slot"]]
+            assert link["id"] in (source["linkIds"] if origin in ENDS else source["links"])
+            assert link["id"] in socket["linkIds"] if target in ENDS else link["id"] == socket["link"]
+            assert source["type"] == socket["type"] == link["type"]
+            found.append(link["id"])
+        assert len(set(found)) == len(found) and graph["state"]["lastLinkId"] == max(found)
+        assert graph["state"]["lastNodeId"] == max(nodes) and len(nodes) == len(graph["nodes"])
+        named = [i for node in nodes.values() for i in [socket["link"] for socket in node["inputs"]] if i]
+        named += [i for side in ENDS.values() for slot in graph[side] for i in slot["linkIds"]]
+        assert set(named) == set(found)
+
+    def test_nodes_and_their_values_match_the_schemas(self, graph):
+        links = [[link["id"], link["origin_id"], link["origin_slot"]] for link in graph["links"]]
+        for node in graph["nodes"]:
+            values = as_api(node, links)["inputs"]
+            names = {socket["name"] for socket in node["inputs"]}
+            if node["type"] in CORE:
+                assert names == set(CORE[node["type"]]) == set(values)
+                continue
+            calls_of = {input_name(call): call for call in inputs_of(node["type"])}
+            required = {name for name, call in calls_of.items() if not keyword(call, "optional")}
+            assert required <= set(values) and names <= set(calls_of)
+            assert [o["name"] for o in node["outputs"]] == FROZEN[node["type"]]["outputs"]
+            for socket in node["inputs"]:
+                if "widget" in socket:
+                    assert widget_allows(calls_of[socket["name"]], values[socket["name"]]), socket["name"]
