@@ -313,6 +313,7 @@ class FastPass:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """-> flow [B, C, F, H, W] in x's dtype, and each layer's shares (see `PagedKV`)."""
         model, blocks, backend = self.model, self.prepared.blocks, self.backend
+        eight = self.options.fp8  # every norm but the head's goes straight into a product
         shares: list[Tensor | None] = [None] * len(blocks)
         with named_range("linear"):
             x = self._embed(inputs.x)
@@ -322,7 +323,7 @@ class FastPass:
             mod = (self.prepared.modulation + e0).unbind(2)  # L times [B, F, 6, C], float32
             head_shift, head_scale = (model.head.modulation.float() + e[:, :, None].float()).unbind(2)
             ends = [(m[:, :, 1], m[:, :, 0]) for m in mod] + [(head_scale, head_shift)]  # scale, shift
-            normal = fused.modulated_norm(x, *ends[0], backend=backend)
+            normal = fused.modulated_norm(x, *ends[0], eight_bits=eight, backend=backend)
         for layer, block in enumerate(blocks):
             gates = mod[layer]
             y, shares[layer] = self._attend(layer, block, normal, inputs, kind, kept)
@@ -331,17 +332,20 @@ class FastPass:
             with named_range("element-wise"):
                 affine = (p.expand(x.shape[0], 1, -1) for p in block.cross_norm)
                 x, normal = fused.gated_residual_norm(
-                    x, y, gates[:, :, 2], *affine, plus_one=False, backend=backend
+                    x, y, gates[:, :, 2], *affine, plus_one=False, eight_bits=eight, backend=backend
                 )
             y = self._cross(block, normal, cross_kv[layer])
             with named_range("element-wise"):
                 x, normal = fused.gated_residual_norm(
-                    x, y, None, gates[:, :, 4], gates[:, :, 3], backend=backend
+                    x, y, None, gates[:, :, 4], gates[:, :, 3], eight_bits=eight, backend=backend
                 )
             with named_range("linear"):
                 y = block.ffn(normal)
             with named_range("element-wise"):
-                x, normal = fused.gated_residual_norm(x, y, gates[:, :, 5], *ends[layer + 1], backend=backend)
+                eight &= layer + 1 < len(blocks)
+                x, normal = fused.gated_residual_norm(
+                    x, y, gates[:, :, 5], *ends[layer + 1], eight_bits=eight, backend=backend
+                )
         with named_range("linear"):
             patches = model.head.head(normal)
         frames, height, width = (size // p for size, p in zip(inputs.x.shape[2:], (1, PATCH, PATCH)))
@@ -358,7 +362,7 @@ class FastPass:
         )
         return F.linear(x, layer.weight.flatten(1), layer.bias)
 
-    def _cross(self, block: FastBlock, normal: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+    def _cross(self, block: FastBlock, normal: Tensor | fused.Rows8, kv: tuple[Tensor, Tensor]) -> Tensor:
         with named_range("linear"):
             q = block.cross_q(normal)
         with named_range("element-wise"):
@@ -369,7 +373,13 @@ class FastPass:
             return block.cross_o(y.flatten(2))
 
     def _attend(
-        self, layer: int, block: FastBlock, normal: Tensor, inputs: Inputs, kind: str, kept: Kept | None
+        self,
+        layer: int,
+        block: FastBlock,
+        normal: Tensor | fused.Rows8,
+        inputs: Inputs,
+        kind: str,
+        kept: Kept | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Self-attention of the open chunk up to the output projection: [B, N, C], and what each page got."""
         cache, memory = self.memory.cache, self.memory
@@ -392,7 +402,7 @@ class FastPass:
             )  # fmt: skip
         out, shares = self._attend_pages(layer, cache, q_blocks, pooled_q, persistent, window, kind, kept)
         with named_range("element-wise"):
-            tokens = fused.blocks_to_tokens(out, rows, memory.batch, normal.shape[1], backend=self.backend)
+            tokens = fused.blocks_to_tokens(out, rows, memory.batch, q.shape[1], backend=self.backend)
         return tokens, shares
 
     def _attend_pages(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels import fused
 from .wan import Block, WanModel
 
-Product = Callable[[Tensor], Tensor]  # x [B, N, in] -> [B, N, out]
+Product = Callable[[Any], Tensor]  # x [B, N, in], a Tensor or with fp8 Rows8 -> [B, N, out]
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,26 @@ class Linear8:
         self.weight, self.scale = fused.quantise_rows(weight)
         self.bias, self.gelu = bias, gelu
 
-    def __call__(self, x: Tensor) -> Tensor:
-        rows, scale = fused.quantise_rows(x.flatten(0, 1), gelu=self.gelu)
-        if x.is_cuda:
+    def __call__(self, x: Tensor | fused.Rows8) -> Tensor:
+        """x [B, N, in], in 8 bits already where a norm wrote it. In x's dtype, of Rows8 in the bias'."""
+        given = x if isinstance(x, fused.Rows8) else fused.quantise_rows(x.flatten(0, 1), gelu=self.gelu)
+        dtype, shape = (self.bias.dtype, x.rows.shape) if isinstance(x, fused.Rows8) else (x.dtype, x.shape)
+        rows, scale = (part.view(-1, part.shape[-1]) for part in given)
+        if rows.is_cuda:
             out = torch._scaled_mm(
                 rows, self.weight.T, scale_a=scale, scale_b=self.scale.T, bias=self.bias.to(torch.bfloat16),
                 out_dtype=torch.bfloat16, use_fast_accum=True,
             )  # fmt: skip
         else:
             out = (rows.float() @ self.weight.float().T) * scale * self.scale.T + self.bias.float()
-        return out.to(x.dtype).unflatten(0, x.shape[:2])
+        return out.to(dtype).unflatten(0, shape[:2])
 
 
 @dataclass
 class FastBlock:
     """One block's products and the weights of its norms; `qkv` gives views of q, k and v, each [B, N, C]."""
 
-    qkv: Callable[[Tensor], tuple[Tensor, ...]]
+    qkv: Callable[[Any], tuple[Tensor, ...]]
     o: Product
     cross_q: Product
     cross_o: Product
@@ -145,7 +148,7 @@ def _linear8(layer: torch.nn.Linear) -> Product:
     return Linear8(layer.weight.detach(), layer.bias.detach())
 
 
-def _qkv(block: Block, options: FastOptions) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def _qkv(block: Block, options: FastOptions) -> Callable[[Any], tuple[Tensor, ...]]:
     layers = (block.self_attn.q, block.self_attn.k, block.self_attn.v)
     if options.fp8:
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))

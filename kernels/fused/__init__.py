@@ -6,6 +6,7 @@ numbers mean.
 """
 
 from .api import (
+    Rows8,
     blocks_to_tokens,
     gated_residual,
     gated_residual_norm,
@@ -18,6 +19,7 @@ from .api import (
 )
 
 __all__ = [
+    "Rows8",
     "blocks_to_tokens",
     "gated_residual",
     "gated_residual_norm",

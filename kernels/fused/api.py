@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import expect
 from ..pbsa.constraints import backend_for
 from . import reference
+from .reference import Rows8
 
 EPS = 1e-6  # Wan's
 
@@ -131,19 +132,21 @@ def modulated_norm(
     shift: Tensor,
     *,
     plus_one: bool = True,
+    eight_bits: bool = False,
     eps: float = EPS,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | Rows8:
     """adaLN: LayerNorm(x) * (1 + scale) + shift, x [B, N, C], scale and shift [B, F, C], one vector a frame.
 
-    With plus_one False the factor is `scale` itself: weight and bias of an ordinary LayerNorm, expanded.
+    With plus_one False the factor is `scale` itself: weight and bias of an ordinary LayerNorm, expanded. eight_bits:
+    the norm as `quantise_rows` would give it, before it is rounded to x's dtype: rows [B, N, C], scale [B, N, 1].
     """
     _check_rows(x, scale=scale, shift=shift)
-    if _backend(backend, "row_norm", x) == "triton":
+    if _backend8(backend, "row_norm", x, eight_bits) == "triton":
         from . import triton
 
-        return triton.residual_norm(x, None, None, scale, shift, plus_one, eps)[1]
-    return reference.modulated_norm(x, scale, shift, plus_one, eps)
+        return triton.residual_norm(x, None, None, scale, shift, plus_one, eps, eight_bits)[1]
+    return reference.modulated_norm(x, scale, shift, plus_one, eps, eight_bits)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None, *, backend: str = "auto") -> Tensor:
@@ -164,17 +167,18 @@ def gated_residual_norm(
     shift: Tensor,
     *,
     plus_one: bool = True,
+    eight_bits: bool = False,
     eps: float = EPS,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Rows8]:
     """`gated_residual`, then `modulated_norm` of the sum for the next branch: (sum, norm), in one pass over memory."""
     _check_rows(x, y=y, gate=gate, scale=scale, shift=shift)
-    if _backend(backend, "row_norm", x) == "triton":
+    if _backend8(backend, "row_norm", x, eight_bits) == "triton":
         from . import triton
 
-        return triton.residual_norm(x, y, gate, scale, shift, plus_one, eps)
+        return triton.residual_norm(x, y, gate, scale, shift, plus_one, eps, eight_bits)
     x = reference.gated_residual(x, y, gate)
-    return x, reference.modulated_norm(x, scale, shift, plus_one, eps)
+    return x, reference.modulated_norm(x, scale, shift, plus_one, eps, eight_bits)
 
 
 def merge_attention(
@@ -193,20 +197,24 @@ def merge_attention(
     return reference.merge_attention(out_a, lse_a, out_b, lse_b)
 
 
-def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> Rows8:
     """Rows in 8 bits for a product: x [R, C] -> (float8_e4m3fn [R, C], scale [R, 1] float32), x = float8 * scale.
 
     The largest element of a row becomes 448. gelu: of GELU(x) (tanh form) instead, so that a feed-forward's widest
     tensor is read once and written in 8 bits.
     """
     expect("x", x, (None, None), x.device)
-    if backend == "auto" and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        backend = "reference"  # Triton has no such floats for older devices
-    if _backend(backend, "quantise_rows", x) == "triton":
+    if _backend8(backend, "quantise_rows", x) == "triton":
         from . import triton
 
         return triton.quantise_rows(x, gelu)
     return reference.quantise_rows(x, gelu)
+
+
+def _backend8(backend: str, operation: str, x: Tensor, eight_bits: bool = True) -> str:
+    """`_backend` of an operation that may write 8 bits, for which Triton has no floats on older devices."""
+    old = x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9)
+    return _backend("reference" if backend == "auto" and eight_bits and old else backend, operation, x)
 
 
 def _backend(backend: str, operation: str, x: Tensor, dim: int | None = None, rows: int | None = None) -> str:

@@ -11,12 +11,21 @@ block, G = B * H groups, S page slots of a group.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FP8_MAX = 448.0  # largest float8_e4m3fn
 SMALLEST = 1e-12  # a row of zeros has a scale too
+
+
+class Rows8(NamedTuple):
+    """Rows in 8 bits, each with a scale: x = rows * scale."""
+
+    rows: Tensor  # [..., C] float8_e4m3fn
+    scale: Tensor  # [..., 1] float32
 
 
 def norm_rope_to_pages(
@@ -94,12 +103,15 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return (_wide(x) + wide).to(x.dtype)
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, plus_one: bool, eps: float) -> Tensor:
+def modulated_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, plus_one: bool, eps: float, eight_bits: bool = False
+) -> Tensor | Rows8:
     """See `api.modulated_norm`."""
     wide = _wide(x)
     centred = wide - wide.mean(-1, keepdim=True)
     normal = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (normal * (_per_token(scale, x) + int(plus_one)) + _per_token(shift, x)).to(x.dtype)
+    normal = normal * (_per_token(scale, x) + int(plus_one)) + _per_token(shift, x)
+    return quantise_rows(normal, gelu=False) if eight_bits else normal.to(x.dtype)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
@@ -109,13 +121,13 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     return (_wide(out_a) * share_a + _wide(out_b) * share_b).to(out_a.dtype)
 
 
-def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, gelu: bool) -> Rows8:
     """See `api.quantise_rows`."""
     wide = x.float()
     if gelu:
         wide = F.gelu(wide, approximate="tanh")
     scale = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / FP8_MAX
-    return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    return Rows8((wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
 
 
 def _norm_rope(x_BNC: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:

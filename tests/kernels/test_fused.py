@@ -265,6 +265,32 @@ def test_quantised_rows(precisions, gelu, width):
         assert (error <= 0).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_norms_in_8_bits(precisions, residual):
+    """A norm that is quantised on its way to memory, against the float32 norm: half a step of 3 bits of mantissa."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = (exact(torch.randn(2, 6, 200, generator=draw)) for _ in "xy")
+    gate, scale, shift = exact(torch.randn(2, 3, 3, 200, generator=draw)).unbind(2)
+    wide = x + gate.repeat_interleave(2, 1) * y if residual else x
+    wanted = F.layer_norm(wide, (200,), eps=1e-6) * (1 + scale.repeat_interleave(2, 1))
+    wanted = wanted + shift.repeat_interleave(2, 1)
+    for backend, device, dtype in precisions:
+        a, b, *vectors = (t.to(device, dtype) for t in (x, y, gate, scale, shift))
+        some = {"eight_bits": True, "backend": backend}
+        if residual:
+            total, found = fused.gated_residual_norm(a, b, *vectors, **some)
+            assert total.dtype == dtype
+        else:
+            found = fused.modulated_norm(a, *vectors[1:], **some)
+        rows, unit = found
+        assert rows.dtype == torch.float8_e4m3fn and (rows.shape, unit.shape) == ((2, 6, 200), (2, 6, 1))
+        error = ((rows.float() * unit).cpu() - wanted).abs()
+        limit = 0.07 * wanted.abs() + wanted.abs().amax(-1, keepdim=True) * (2**-9 / 448 + 0.01)
+        if not (INTERPRETED and backend == "triton"):  # see test_quantised_rows
+            assert (error <= limit).all()
+        assert (error <= limit).float().mean() > 0.8
+
+
 def test_every_element_is_written(backend, monkeypatch):
     name, device = backend
     if name == "reference":

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import FP8_MAX, SMALLEST
+from ..reference import FP8_MAX, SMALLEST, Rows8
 
 MERGED_ROWS = 32  # of two attentions, a program
 
@@ -23,16 +23,22 @@ def residual_norm(
     shift: Tensor | None,
     plus_one: bool,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    eight_bits: bool = False,
+) -> tuple[Tensor, Tensor | Rows8]:
     """x, y [B, N, C]; gate, scale, shift [B, F, C] or None -> (x + gate * y, its modulated norm).
 
-    Without y the sum is x itself; without scale the norm is the sum itself.
+    Without y the sum is x itself; without scale the norm is the sum itself. eight_bits: the norm in 8 bits.
     """
     batch, tokens, width = x.shape
     x = x.contiguous()
     y = None if y is None else y.contiguous()
     total = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normal = total if scale is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normal, unit = total, None
+    if scale is not None:
+        dtype = torch.float8_e4m3fn if eight_bits else x.dtype
+        normal = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if eight_bits:
+        unit = torch.empty((batch, tokens, 1), dtype=torch.float32, device=x.device)
     gate, scale, shift = (
         None if t is None else t if t.stride(2) == 1 else t.contiguous() for t in (gate, scale, shift)
     )
@@ -45,12 +51,12 @@ def residual_norm(
 
     with torch.cuda.device_of(x):
         _residual_norm[(tokens, batch)](
-            x, y, gate, scale, shift, total, normal,
-            *per_frame(gate), *per_frame(scale), *per_frame(shift), eps,
+            x, y, gate, scale, shift, total, normal, unit,
+            *per_frame(gate), *per_frame(scale), *per_frame(shift), eps, FP8_MAX, SMALLEST,
             C=width, BLOCK=triton.next_power_of_2(width), PLUS_ONE=plus_one,
             num_warps=_warps(width),
         )  # fmt: skip
-    return total, normal
+    return total, normal if unit is None else Rows8(normal, unit)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,7 +85,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     return out
 
 
-def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, gelu: bool) -> Rows8:
     """See `api.quantise_rows`."""
     count, width = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -90,7 +96,7 @@ def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
             x, out, scale, x.stride(0), FP8_MAX, SMALLEST,
             C=width, BLOCK=triton.next_power_of_2(width), GELU=gelu, num_warps=_warps(width),
         )  # fmt: skip
-    return out, scale
+    return Rows8(out, scale)
 
 
 def _warps(width: int) -> int:
@@ -100,9 +106,9 @@ def _warps(width: int) -> int:
 
 @triton.jit(do_not_specialize=["gate_tokens", "scale_tokens", "shift_tokens"])
 def _residual_norm(
-    x, y, gate, scale, shift, total, normal,
+    x, y, gate, scale, shift, total, normal, unit,
     gate_tokens, gate_b, gate_f, scale_tokens, scale_b, scale_f, shift_tokens, shift_b, shift_f, eps,
-    C: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
+    largest, smallest, C: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
 ):  # fmt: skip
     token, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -126,7 +132,13 @@ def _residual_norm(
             factor += 1.0
         at = b * shift_b + (token // shift_tokens).to(tl.int64) * shift_f + cols
         offset = tl.load(shift + at, mask=keep, other=0.0).to(tl.float32)
-        tl.store(normal + row, (centred * inverse * factor + offset).to(normal.dtype.element_ty), mask=keep)
+        value = centred * inverse * factor + offset  # 0 behind the row's end
+        if unit is not None:
+            rounded, row_unit = _in_8_bits(value, largest, smallest)
+            tl.store(normal + row, rounded, mask=keep)
+            tl.store(unit + b * tl.num_programs(0) + token, row_unit)
+        else:
+            tl.store(normal + row, value.to(normal.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -160,6 +172,13 @@ def _merge(out_a, lse_a, out_b, lse_b, out, count, D: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
+def _in_8_bits(value, largest, smallest):
+    """A row as float8_e4m3fn, and its scale."""
+    unit = tl.maximum(tl.max(tl.abs(value), axis=0), smallest) / largest
+    return tl.minimum(tl.maximum(value / unit, -largest), largest).to(tl.float8e4nv), unit
+
+
+@triton.jit
 def _quantise_rows(
     x, out, scale, x_n, largest, smallest, C: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr
 ):
@@ -169,7 +188,6 @@ def _quantise_rows(
     if GELU:  # 0.5 v (1 + tanh(u)) is v * sigmoid(2 u)
         inner = 1.5957691216057308 * (value + 0.044715 * value * value * value)
         value = value / (1.0 + tl.exp(-inner))
-    unit = tl.maximum(tl.max(tl.abs(value), axis=0), smallest) / largest
-    rounded = tl.minimum(tl.maximum(value / unit, -largest), largest).to(out.dtype.element_ty)
+    rounded, unit = _in_8_bits(value, largest, smallest)
     tl.store(out + row * C + cols, rounded, mask=cols < C)
     tl.store(scale + row, unit)
