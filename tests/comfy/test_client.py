@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 from PIL import Image
 from serving import ROOT, WORLD_DIT, Server, demo, frames_of, prepare, saved_video, serve, until
@@ -78,21 +79,31 @@ def test_frames_and_video_arrive_during_the_run(server, start, tmp_path):
     assert Image.open(tmp_path / "out" / "frame_000000.jpg").size == (64, 48)
 
 
+def redness(path: Path) -> list[int]:
+    """Of every frame of a video the median of red less blue: the background's, which is most of the picture."""
+    with av.open(str(path)) as video:
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in video.decode(video=0)]
+    return [int(np.median(frame[..., 0] - frame[..., 2])) for frame in frames]
+
+
 def test_a_prompt_changes_while_it_runs(start, tmp_path):
-    scene = "a large red circle bouncing over a {} plain background"
-    options = ["--set", '4.clip=["1", 1]', "--set", f"2.text={scene.format('navy')}"]
-    options += ["--set", "4.width=64", "--set", "4.height=64", "--stop-after", "8"]
-    client = start(demo(n4_seconds=LONG), *options, "--prompt-after", "2", scene.format("maroon"))
+    """Beside the same run without the change: how well the model keeps to a prompt is not asked here."""
+    scene = "a small red circle standing still over a {} plain background"
+    maroon, video = scene.format("maroon"), tmp_path / "out" / "video.mp4"
+    options = ["--set", '4.clip=["1", 1]', "--set", f"2.text={scene.format('navy')}", "--stop-after", "6"]
+    workflow = demo(n4_width=128, n4_height=96, n4_seconds=LONG)  # the model's words mean little at 64 x 64
+    end_of(start(workflow, *options))
+    unchanged = redness(video)
+    client = start(workflow, *options, "--prompt-after", "2", maroon)
     prompts = [line.partition(": ")[2].strip() for line in end_of(client)[:-1]]
-    changed = prompts.index(scene.format("maroon"))
+    changed = prompts.index(maroon)
     assert changed >= 2 and not any(prompts[:changed]), "the inputs' prompt is a conditioning without text"
-    assert set(prompts[changed:]) == {scene.format("maroon")}
-    with av.open(str(tmp_path / "out" / "video.mp4")) as video:
-        frames = [frame.to_ndarray(format="rgb24").reshape(-1, 3) for frame in video.decode(video=0)]
-    redness = [int(sorted(int(r) - int(b) for r, _, b in frame)[len(frame) // 2]) for frame in frames]
+    assert set(prompts[changed:]) == {maroon}
+    pairs = list(zip(unchanged, redness(video)))
     before = 9 + 12 * (changed - 1)
-    assert max(redness[:before]) < 0, "the navy background"
-    assert min(redness[-6:]) > 30, "the maroon one"
+    print(pairs, before)
+    assert all(abs(navy - same) <= 3 for navy, same in pairs[:before]), pairs
+    assert all(turned - navy > 60 for navy, turned in pairs[-6:]), pairs
 
 
 def test_a_single_frame_a_chunk_leaves_nothing_out(server, start, tmp_path):
