@@ -21,8 +21,8 @@ CFG = VariantTraining(
 def start(tmp_path, monkeypatch):
     """A folder of starting weights, and clips of noise instead of rendered ones."""
 
-    def render_batch(scenes, frames, device):
-        return torch.zeros(len(scenes), 3, frames, 1, 1)
+    def render_with_mask(scenes, frames, device):
+        return torch.zeros(len(scenes), 3, frames, 1, 1), torch.zeros(len(scenes), 1, frames, 32, 48)
 
     def encode_whole(videos):
         generator = torch.Generator().manual_seed(len(videos))
@@ -30,7 +30,7 @@ def start(tmp_path, monkeypatch):
 
     vae = SimpleNamespace(encode_whole=encode_whole, to=lambda dtype: None, parameters=list)
     vae.requires_grad_ = lambda on: vae
-    monkeypatch.setattr(world_dit, "render_batch", render_batch)
+    monkeypatch.setattr(world_dit, "render_with_mask", render_with_mask)
     monkeypatch.setattr(world_variants, "load_vae", lambda folder, device: vae)
     monkeypatch.setattr(world_variants, "channels_last", lambda model: model)
     torch.manual_seed(0)
