@@ -69,10 +69,10 @@ def browser() -> Iterator:
 @pytest.fixture
 def page(request, browser, server):
     """A tab with the front end in it; a test may ask for (Vue renderer, palette) by an indirect parameter."""
-    from pages import Page, settings
+    from pages import VIEW, Page, settings
 
     settings(server, *getattr(request, "param", ()))
-    tab = browser.new_page(viewport={"width": 720, "height": 900})
+    tab = browser.new_page(viewport=VIEW)
     page = Page(tab, server)
     page.open()
     yield page

@@ -14,6 +14,7 @@ PICTURES = ROOT / "docs" / "images"  # written anew with PLAYER_PICTURES=1
 WANTED = bool(os.environ.get("PLAYER_PICTURES"))
 SIZE = (256, 256) if WANTED else (128, 96)  # the model's own size is slow on a CPU
 PATIENCE = 300_000 if WANTED else 120_000  # milliseconds
+VIEW = {"width": 720, "height": 1000}  # the host's tool bar, at the lower edge, hides nothing of a player
 LONG = 600.0  # seconds of video: longer than any test waits
 
 READY = "window.app?.graph && window.app.extensionManager"

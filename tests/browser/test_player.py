@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from pages import PATIENCE, READY, Page, newest_video, picture, settings, workflow
+from pages import PATIENCE, VIEW, Page, newest_video, picture, settings, workflow
 
 
 def test_frames_play_during_the_run_and_stop_keeps_a_playable_file(page):
@@ -43,7 +43,6 @@ COLOURS = """() => {  // of 3 x 3 points of the picture
 
 
 def test_the_memory_is_shown_over_the_video(page):
-    page.tab.set_viewport_size({"width": 720, "height": 1000})  # the host's tool bar lies over the lower edge
     page.load(workflow(6, seconds=3.3))
     button, strip = page.button("Memory"), page.root.get_by_role("list", name="Moments in memory")
     assert button.get_attribute("aria-pressed") == "false" and strip.count() == 0
@@ -109,6 +108,28 @@ def test_keys_and_scrub_bar_move_through_what_exists(page):
     assert page.prompt().keys() == {"1", "2", "3", "4"}  # space and arrows did nothing to the graph
 
 
+def test_the_settings_say_how_a_player_begins(page):
+    def choose(autoplay: bool, memory: bool) -> None:
+        page.tab.evaluate(
+            """async (chosen) => { for (const [name, value] of Object.entries(chosen))
+                await app.extensionManager.setting.set(`SparseForcing.Player.${name}`, value); }""",
+            {"Autoplay": autoplay, "Memory": memory},
+        )
+
+    choose(autoplay=False, memory=True)
+    try:
+        page.load(workflow(7, seconds=1.0))
+        assert page.button("Memory").get_attribute("aria-pressed") == "true"
+        page.queue()
+        page.state("finished")
+        page.wait("p.dataset.shown === '0'")
+        assert page.root.get_by_role("list", name="Moments in memory").get_by_role("listitem").count() >= 1
+        page.button("Play").click()
+        page.wait("Number(p.dataset.shown) >= 5")
+    finally:
+        choose(autoplay=True, memory=False)
+
+
 def test_prompts_over_time_and_a_typed_one(page):
     page.load(
         workflow(3, prompts="0s: a large red circle over a navy plain background\n300s: a small blue star")
@@ -130,15 +151,11 @@ def test_prompts_over_time_and_a_typed_one(page):
 
 
 def test_a_page_that_is_reloaded_in_the_middle_goes_on(page):
-    page.load(workflow(4))
+    graph = workflow(4)
+    page.load(graph)
     page.queue()
     page.frames(9)
-    page.tab.evaluate("() => app.extensionManager.workflow?.activeWorkflow?.changeTracker?.checkState?.()")
-    page.tab.reload()
-    page.tab.wait_for_function(READY, timeout=PATIENCE)
-    page.tab.wait_for_timeout(1000)
-    if not page.tab.locator(".sf-player").count():  # the front end has not kept the unsaved workflow
-        page.load(workflow(4))
+    page.reload(graph)
     page.frames(12)
     assert page.player("dataset.state") == "running"
     page.button("Stop and keep").click()
@@ -162,7 +179,7 @@ def test_the_workflow_is_saved_and_loaded_unchanged(page):
 @pytest.mark.parametrize(("vue", "palette"), [(False, "light"), (True, "dark"), (True, "light")])
 def test_renderers_and_themes(browser, server, vue, palette):
     settings(server, vue, palette)
-    page = Page(browser.new_page(viewport={"width": 720, "height": 900}), server)
+    page = Page(browser.new_page(viewport=VIEW), server)
     try:
         page.open()
         page.load(workflow(60 + 2 * vue + (palette == "light"), seconds=1.0))  # else the host has it cached

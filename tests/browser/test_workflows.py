@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from pages import LONG, PATIENCE, ROOT, SIZE, Page, newest_video, workflow
+from pages import LONG, PATIENCE, ROOT, SIZE, VIEW, Page, newest_video, workflow
 from PIL import Image
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
@@ -158,7 +158,7 @@ def test_a_second_tab_sees_its_own_runs_alone_and_closing_the_first_stops_nothin
     page.load(workflow(300))
     page.queue()
     page.frames(9)
-    other = Page(browser.new_page(viewport={"width": 720, "height": 900}), server)
+    other = Page(browser.new_page(viewport=VIEW), server)
     try:
         other.open()
         other.load(workflow(301, seconds=1.0))

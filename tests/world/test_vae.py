@@ -99,13 +99,16 @@ def test_weights_build_their_vae(vae):
     assert torch.equal(again.decode(latents(1, 2)), vae.decode(latents(1, 2)))
 
 
-def test_the_embedded_vae_returns_a_clip(world):
-    clip = render(sample_scene(random.Random(2), held_out=True), 9, size=(128, 128))[None]
-    with torch.no_grad():
-        latent = world.vae.encode(clip)
-        decoded = world.vae.decode(latent)
-        decoder = world.vae.stream_decoder()
-        streamed = torch.cat([decoder.push(piece) for piece in latent.split(1, dim=2)], dim=2)
-    torch.testing.assert_close(streamed, decoded, atol=1e-4, rtol=1e-4)
-    psnr = -10 * ((decoded.clamp(-1, 1) - clip).square().mean() / 4).log10()
-    assert psnr > 25, f"{psnr:.1f} dB"
+def test_the_embedded_vae_returns_clips(world):
+    """30 dB on average, as over the 64 clips of docs/training.md; what moves at a clip's start has less."""
+    scores = []
+    for seed in range(2, 6):
+        clip = render(sample_scene(random.Random(seed), held_out=True), 9, size=(128, 128))[None]
+        with torch.no_grad():
+            latent = world.vae.encode(clip)
+            decoded = world.vae.decode(latent)
+            decoder = world.vae.stream_decoder()
+            streamed = torch.cat([decoder.push(piece) for piece in latent.split(1, dim=2)], dim=2)
+        torch.testing.assert_close(streamed, decoded, atol=1e-4, rtol=1e-4)
+        scores.append(float(-10 * ((decoded.clamp(-1, 1) - clip).square().mean() / 4).log10()))
+    assert sum(scores) / len(scores) > 30, scores

@@ -56,7 +56,6 @@ export class MemoryView {
     };
     this.nothing = { part: "window", shares: [0], grid: [1, 1] }; // of a moment that is forgotten
     this.clear();
-    this.setOn(false);
   }
 
   clear() {

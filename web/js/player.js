@@ -13,6 +13,13 @@ const MAX_FRAMES = 1200; // JPEGs kept, about 15 kB each: 18 MB, however long th
 const STEP_SECONDS = 1; // of the arrow keys
 const HEIGHT = 330;
 
+const SETTINGS = [
+  ["Autoplay", "Play a video while it is made", true, "Off: the player waits at the first frame until you press Play."],
+  ["Memory", "Show what the model remembers", false, "Whether the Memory button of a new player is pressed at first."],
+];
+const settingId = (name) => `SparseForcing.Player.${name}`;
+const setting = (name) => app.extensionManager.setting.get(settingId(name));
+
 const STYLE = `
 .sf-player { display: flex; flex-direction: column; gap: 6px; height: 100%; min-height: 0; padding: 6px;
   box-sizing: border-box; border-radius: 6px; font: 12px/1.4 system-ui, sans-serif; color: var(--input-text, #ddd);
@@ -148,6 +155,7 @@ class Player {
     this.root.prepend(element("style", {}, MEMORY_STYLE, STYLE)); // its own, so that the page's head stays the host's
     this.root.onkeydown = (event) => this.key(event);
     this.root.onpointerdown = (event) => event.stopPropagation(); // dragging the bar does not drag the node
+    this.memory.setOn(setting("Memory"));
     this.setPlaying(true);
     this.setRunning(false, false);
   }
@@ -195,8 +203,8 @@ class Player {
     this.store.clear();
     this.memory.clear();
     this.say("");
-    this.setPlaying(true);
     this.root.dataset.state = "running";
+    this.setPlaying(setting("Autoplay"));
   }
 
   showPrompts(event) {
@@ -345,6 +353,15 @@ function playerOf(event) {
 
 app.registerExtension({
   name: "sparseforcing.player",
+
+  settings: SETTINGS.map(([key, name, defaultValue, tooltip]) => ({
+    id: settingId(key),
+    category: ["Sparse Forcing", "Player", key],
+    name,
+    type: "boolean",
+    defaultValue,
+    tooltip,
+  })),
 
   setup() {
     api.addEventListener("sparse_forcing.chunk", (event) => playerOf(event)?.chunk(event.detail));
