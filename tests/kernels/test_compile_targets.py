@@ -19,7 +19,6 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
 import triton
-from sparse_forcing_pack.kernels.fused.triton import rows
 from sparse_forcing_pack.kernels.pbsa.triton import backward, forward, router
 from sparse_forcing_pack.kernels.pbsa.triton.variants import VARIANTS, Shape, Variant
 from triton.backends.compiler import GPUTarget
@@ -150,18 +149,3 @@ def test_router(arch):
     check(router.pool, arch, {"T": 64, "D": 128, "D_PAD": 128}, 4, 3)
     check(router.score, arch, {"D": 128} | router.SCORE_TILE, 4, 3)
     check(router.select, arch, {"SLOTS": 512}, router.warps_for(512), 3)
-
-
-@pytest.mark.parametrize("arch", [arch for arch in TARGETS if arch >= 89])
-def test_a_norm_that_writes_8_bits(arch):
-    pointers = dict.fromkeys(("x", "y", "total"), "*bf16") | {"normal": "*fp8e4nv", "unit": "*fp32"}
-    pointers |= dict.fromkeys(("gate", "scale", "shift"), "*fp32")
-    constants = {"C": 1536, "BLOCK": 2048, "PLUS_ONE": True}
-    numbers = dict.fromkeys(("eps", "largest", "smallest"), "fp32") | dict.fromkeys(constants, "constexpr")
-    kernel = rows._residual_norm
-    signature = {p.name: (pointers | numbers).get(p.name, "i32") for p in kernel.params}
-    source = ASTSource(kernel, signature, constants, {})
-    options = {"num_warps": rows._warps(1536)}
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    assert "e4m3x2" in binary.asm["ptx"]
-    assert usage(binary)[1] == 0

@@ -18,7 +18,7 @@ if "nvidia" not in triton.backends.backends:
     pytest.skip("this Triton has no NVIDIA compiler", allow_module_level=True)
 
 TARGETS = (80, 90, 100, 120)
-FLOATS = {"factors", "cos", "sin", "pooled_q", "pooled_k", "lse_a", "lse_b"}
+FLOATS = {"unit", "factors", "cos", "sin", "pooled_q", "pooled_k", "lse_a", "lse_b"}
 INTEGERS = {"tokens", "slots"}
 REALS = {"eps", "largest", "smallest"}
 NUMBERS = re.compile(r"(.*_)?(b|n|h|f|tokens)$|count$|size$|eps$|largest$|smallest$")
@@ -34,7 +34,7 @@ def ptx(kernel, arch: int, constants: dict, warps: int, absent=(), bytes_out=Fal
             continue
         pointer = "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"
         if bytes_out:
-            pointer = {"out": "fp8e4nv", "scale": "fp32"}.get(name, pointer)
+            pointer = {"out": "fp8e4nv", "normal": "fp8e4nv", "scale": "fp32"}.get(name, pointer)
         number = name not in INTEGERS | FLOATS | {"out_b"} and NUMBERS.fullmatch(name)
         signature[name] = ("fp32" if name in REALS else "i32") if number else f"*{pointer}"
         if name not in REALS and not parameter.do_not_specialize:
@@ -47,7 +47,7 @@ def ptx(kernel, arch: int, constants: dict, warps: int, absent=(), bytes_out=Fal
 def test_rows(arch):
     wide = {"C": 1536, "BLOCK": 2048}
     for text in (
-        ptx(rows._residual_norm, arch, wide | {"PLUS_ONE": True}, rows._warps(1536)),
+        ptx(rows._residual_norm, arch, wide | {"PLUS_ONE": True}, rows._warps(1536), absent=("unit",)),
         ptx(rows._rms_norm, arch, wide, rows._warps(1536)),
         ptx(place._inverse_rms, arch, wide, 4),
         ptx(rows._merge, arch, {"D": 128, "ROWS": 32, "D_PAD": 128}, 4),
@@ -58,8 +58,12 @@ def test_rows(arch):
 @pytest.mark.parametrize("arch", [90, 100, 120])  # 8-bit floats came with 8.9
 def test_quantise(arch):
     wide = {"C": 8960, "BLOCK": 16384, "GELU": True}
-    text = ptx(rows._quantise_rows, arch, wide, rows._warps(8960), bytes_out=True)
-    assert "e4m3x2" in text and re.search(r"st\.global\S*\.b(32|64)|st\.global\S*\.v\d\.b32", text)
+    norm = {"C": 1536, "BLOCK": 2048, "PLUS_ONE": True}
+    for text in (
+        ptx(rows._quantise_rows, arch, wide, rows._warps(8960), bytes_out=True),
+        ptx(rows._residual_norm, arch, norm, rows._warps(1536), bytes_out=True),
+    ):
+        assert "e4m3x2" in text and re.search(r"st\.global\S*\.b(32|64)|st\.global\S*\.v\d\.b32", text)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -67,7 +71,7 @@ def test_quantise(arch):
 def test_place(arch, pages):
     tile = {"ROWS": 64, "D": 128, "ROWS_PAD": 64, "D_PAD": 128}
     absent = () if pages else ("tokens", "pooled_q", "pooled_k")
-    text = ptx(place._place, arch, tile | {"PAGES": pages}, 8, absent)
+    text = ptx(place._place, arch, tile | {"PAGES": pages}, 4, absent)
     assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.v4\.b32", text)
     text = ptx(place._to_tokens, arch, tile, 4)
     assert re.search(r"st\.global\S*\.v4\.b32", text)

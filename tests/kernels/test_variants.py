@@ -140,7 +140,8 @@ def shape(
         (shape(whole=False), "pointers"),
         (shape(capability=(8, 0)), "pointers"),
         (shape(capability=(12, 0)), "pointers"),
-        (shape(tokens=64), "pointers"),  # specialised tiles of 64 rows or keys gave NaN
+        (shape(tokens=64), "descriptors"),  # specialised tiles of 64 rows or keys gave NaN
+        (shape(tokens=64, padding="any"), "pointers"),
         (shape(tokens=64, shared=True), "pointers"),
         (shape(dim=64), "descriptors"),
         (shape(dtype=torch.float32), "pointers"),
