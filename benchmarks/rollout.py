@@ -17,10 +17,10 @@ of the chunks to the first tenth after the memory has filled.
     sparse@128:fp8+router_once    with options of `FastOptions`, joined by +; dense: and window: take fp8
     sparse:composable, sparse:eager    without fused kernels; without graphs
 Every mode runs a 5 s video from an empty memory and then goes on in the steady state, both after warm-up streams, for
-20 s and 60 s too where --steady is long enough (72 chunks for 60 s); one
-steady chunk is profiled with graphs off, and what kernels do not account for is called idle. Before that, the first
-pass is compared with the reference's: no speed-up is given for a mode that is too far off. A mode that fails is
-reported and the others go on. Writes rollout.json and rollout.png to --out.
+20 s and 60 s too where --steady is long enough (72 chunks for 60 s); one steady chunk is profiled with graphs off, and
+what kernels do not account for is called idle. Before that, the first pass is compared with the reference's: no
+speed-up is given for a mode that is too far off. A mode that fails is reported and the others go on. Writes
+rollout.json and rollout.png to --out.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ class FullSize:
         )
         memory = core["state"].StreamState(
             layers=size.layers, heads=size.heads, head_dim=size.dim // size.heads, grid=size.grid,
- chunk_frames=size.chunk, attention=attention, batch=args.batch, dtype=self.dtype, device=self.device,
+            chunk_frames=size.chunk, attention=attention, batch=args.batch, dtype=self.dtype, device=self.device,
         )  # fmt: skip
         if "composable" in extras:
             run, why = fast.ComposablePass(self.model, memory), "composable pass: asked for"
@@ -665,13 +665,13 @@ def summary(modes: dict[str, dict]) -> None:
                 print(f"{mode} over {base}: not given, its first pass is {error:.3f} off the reference")
                 continue
             steady = modes[base]["steady"]["p50_ms"] / facts["steady"]["p50_ms"]
-            known = facts["mean_fps"].keys() & modes[base]["mean_fps"].keys()
-            over = {length: facts["mean_fps"][length] / modes[base]["mean_fps"][length] for length in known}
+            others = modes[base]["mean_fps"]
+            over = {
+                length: fps / others[length] for length, fps in facts["mean_fps"].items() if length in others
+            }
             facts[f"over_{base}"] = {"steady": steady, **over}
-            said = ", ".join(
-                f"{length} {over[length]:.2f}x" for length in facts["mean_fps"] if length in known
-            )
-            print(f"{mode} over {base}: steady {steady:.2f}x, {said}")
+            said = "".join(f", {length} {times:.2f}x" for length, times in over.items())
+            print(f"{mode} over {base}: steady {steady:.2f}x{said}")
 
 
 def plot_split(modes: dict[str, dict], out: Path, size: tuple[int, int] = (900, 420)) -> None:

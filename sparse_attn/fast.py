@@ -342,9 +342,9 @@ class FastPass:
             with named_range("linear"):
                 y = block.ffn(normal)
             with named_range("element-wise"):
-                eight &= layer + 1 < len(blocks)
+                last = layer + 1 == len(blocks)
                 x, normal = fused.gated_residual_norm(
-                    x, y, gates[:, :, 5], *ends[layer + 1], eight_bits=eight, backend=backend
+                    x, y, gates[:, :, 5], *ends[layer + 1], eight_bits=eight and not last, backend=backend
                 )
         with named_range("linear"):
             patches = model.head.head(normal)

@@ -64,9 +64,12 @@ class Linear8:
 
     def __call__(self, x: Tensor | fused.Rows8) -> Tensor:
         """x [B, N, in], in 8 bits already where a norm wrote it. In x's dtype, of Rows8 in the bias'."""
-        given = x if isinstance(x, fused.Rows8) else fused.quantise_rows(x.flatten(0, 1), gelu=self.gelu)
-        dtype, shape = (self.bias.dtype, x.rows.shape) if isinstance(x, fused.Rows8) else (x.dtype, x.shape)
-        rows, scale = (part.view(-1, part.shape[-1]) for part in given)
+        if isinstance(x, fused.Rows8):
+            shape, dtype = x.rows.shape, self.bias.dtype
+            rows, scale = (part.flatten(0, 1) for part in x)
+        else:
+            shape, dtype = x.shape, x.dtype
+            rows, scale = fused.quantise_rows(x.flatten(0, 1), gelu=self.gelu)
         if rows.is_cuda:
             out = torch._scaled_mm(
                 rows, self.weight.T, scale_a=scale, scale_b=self.scale.T, bias=self.bias.to(torch.bfloat16),

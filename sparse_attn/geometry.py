@@ -62,6 +62,14 @@ class BlockGeometry:
 
 
 @lru_cache(maxsize=64)
+def least_tokens(chunk_frames: int, grid: tuple[int, int], block_tokens: int) -> int:
+    """Tokens of the shortest block in any chunk of at most `chunk_frames`: a stream's last may be a short one, and a
+    given first. Kept, because estimates try many memories of one grid."""
+    lengths = range(1, chunk_frames + 1)
+    return min(int(BlockGeometry(frames, *grid, block_tokens).lens.min()) for frames in lengths)
+
+
+@lru_cache(maxsize=64)
 def choose_counts(grid: tuple[int, int, int], block_tokens: int) -> tuple[int, int, int]:
     """Into how many parts to split frames, height and width: fewest blocks first, then the most compact tile.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels import pool_pages
 from .config import AttentionConfig
-from .geometry import BlockGeometry
+from .geometry import BlockGeometry, least_tokens
 from .positions import shift_time
 
 
@@ -56,10 +56,7 @@ class PagedKV:
         self._geometries: dict[int, BlockGeometry] = {}
         self._device = torch.device(device)
         blocks = self.geometry(chunk_frames).num_blocks
-        lengths = range(1, chunk_frames + 1)  # the last chunk may be a short one, and a given first
-        self.least_tokens = min(
-            int(BlockGeometry(n, *grid, attention.block_tokens).lens.min()) for n in lengths
-        )
+        self.least_tokens = least_tokens(chunk_frames, tuple(grid), attention.block_tokens)
         self.window_chunks = attention.window_frames // chunk_frames
         self.capacity = attention.persistent_frames // chunk_frames * blocks
         table_shape = (layers, groups, self.capacity + self.window_chunks * blocks)

@@ -213,8 +213,10 @@ def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> Ro
 
 def _backend8(backend: str, operation: str, x: Tensor, eight_bits: bool = True) -> str:
     """`_backend` of an operation that may write 8 bits, for which Triton has no floats on older devices."""
-    old = x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9)
-    return _backend("reference" if backend == "auto" and eight_bits and old else backend, operation, x)
+    asked = eight_bits and backend == "auto" and x.is_cuda
+    if asked and torch.cuda.get_device_capability(x.device) < (8, 9):
+        backend = "reference"
+    return _backend(backend, operation, x)
 
 
 def _backend(backend: str, operation: str, x: Tensor, dim: int | None = None, rows: int | None = None) -> str:
