@@ -11,6 +11,7 @@ from typing import Literal, get_args
 Mode = Literal["dense", "window", "sparse"]
 Positions = Literal["absolute", "rebased"]
 Backend = Literal["auto", "reference", "triton"]
+Keep = Literal["attention", "novelty"]
 
 PIXELS_PER_TOKEN = 16  # 8 pixels a latent value, 2 latent values a token, in height and in width
 
@@ -25,8 +26,10 @@ class AttentionConfig:
         as in Reward Forcing (0.001); 0: it rests.
     mode "sparse": a persistent memory of `persistent_frames`' worth of blocks (the sink included) read in full, and
         `topk` of the blocks of a window of `window_frames`. With `dense_first_chunk` a chunk without any history reads
-        all of itself: it costs nothing later, and everything later builds on it. `block_tokens` and `backend`, too,
-        belong to this mode.
+        all of itself: it costs nothing later, and everything later builds on it. `keep` says which blocks stay:
+        "attention", those that the latest chunk attends to most, as in the paper; "novelty", those whose values are
+        least like those of newer blocks and of the sink, so that the memory holds what cannot be seen any more.
+        `block_tokens` and `backend`, too, belong to this mode.
     positions "absolute": keys keep the rotation of their frame index. "rebased": temporal distances stay inside the
         window for any length (see `positions`).
     """
@@ -41,6 +44,7 @@ class AttentionConfig:
     backend: Backend = "auto"
     dense_first_chunk: bool = True
     sink_ema: float = 0.0
+    keep: Keep = "attention"
 
     def topk_after(self, frames: int) -> float:
         """The share of the window that a chunk with `frames` latent frames of history reads."""
@@ -51,6 +55,7 @@ class AttentionConfig:
         _one_of("mode", self.mode, Mode)
         _one_of("positions", self.positions, Positions)
         _one_of("backend", self.backend, Backend)
+        _one_of("keep", self.keep, Keep)
         self._validate_sink_ema()
         _at_least("chunk_frames", chunk_frames, 1)
         if self.mode == "dense":

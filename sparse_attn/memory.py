@@ -8,6 +8,7 @@ A chunk writes its blocks into free slots. When it is finished and the window is
 P = TopC(P u E; importance), and the slots of what was dropped become free. TopC always fills up, so all counts are
 known on the host; which blocks win is known to the device alone, where the table is rewritten. No page is copied, the
 host never waits, and nothing but tables is allocated. Entries of P and of the window keep the order of time.
+With `keep` "novelty", what a block shows that no newer one does takes the place of importance.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import pool_pages
@@ -177,11 +179,16 @@ class PagedKV:
         evicted = self.window.pop(0).blocks
         candidates = self.persistent + evicted
         kept = min(self.capacity, candidates)
-        score = torch.stack([layer[..., :candidates] for layer in self.shares if layer is not None]).sum(2)
-        score[..., : self.pinned] = torch.inf
-        ranking = score.sort(dim=-1, descending=True, stable=True).indices
         P, window = self.table.tensor_split([self.capacity], dim=-1)
         slots = torch.cat([P[..., : self.persistent], window[..., :evicted]], dim=-1)
+        if self.attention.keep == "novelty":
+            stop = evicted + sum(chunk.blocks for chunk in self.window)
+            score = self._novelty(slots, window[..., evicted:stop])
+        else:
+            shares = [layer[..., :candidates] for layer in self.shares if layer is not None]
+            score = torch.stack(shares).sum(2)
+        score[..., : self.pinned] = torch.inf
+        ranking = score.sort(dim=-1, descending=True, stable=True).indices
         in_time_order = (part.sort(dim=-1).values for part in ranking.tensor_split([kept], dim=-1))
         winners, losers = (slots.gather(-1, places) for places in in_time_order)
         free = torch.cat([P[..., self.persistent :], losers], dim=-1)
@@ -189,6 +196,20 @@ class PagedKV:
         parts = [winners, free[..., :unfilled], window[..., evicted:], free[..., unfilled:]]
         self.table.copy_(torch.cat(parts, dim=-1))
         self.persistent = kept
+
+    def _novelty(self, candidates: Tensor, newer: Tensor) -> Tensor:
+        """[L, G, C]: 1 - the largest cosine between a candidate's mean value and that of a newer block or of the sink.
+
+        candidates [L, G, C] and newer [L, G, W]: slots, both in the order of time.
+        """
+        means = torch.stack([pool_pages(*layer) for layer in zip(self.v_pages, self.page_len)])
+        slots = torch.cat([candidates, newer], dim=-1)[..., None].expand(-1, -1, -1, means.shape[-1])
+        directions = F.normalize(means.gather(2, slots).float(), dim=-1)
+        count = candidates.shape[-1]
+        likeness = directions[:, :, :count] @ directions.mT
+        place = torch.arange(slots.shape[2], device=self._device)
+        compared = (place > place[:count, None]) | (place < self.pinned)
+        return 1 - likeness.masked_fill(~compared, -1).amax(dim=-1)
 
     def _turn_back(self, frames: int) -> None:
         """Turn the keys of the whole window, E included, back by `frames`: E then lies just before the window."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..fast import new_pool, record
 from ..state import sdpa
 from ..world.render import render
-from ..world.scene import PAN_HOLD, Scene, sample_scene
+from ..world.scene import PAN_HOLD, Scene, pan_cycle, sample_scene
 
 log = logging.getLogger("sparse_forcing.training")
 
@@ -151,11 +151,12 @@ def mixed_precision(device):
 
 
 def training_scenes(
-    rng: random.Random, count: int, pans: float = 0.0, longest_hold: int = PAN_HOLD
+    rng: random.Random, count: int, pans: float = 0.0, longest_hold: int = PAN_HOLD, late: float = 0.0
 ) -> list[Scene]:
     """Scenes whose prompts are not held out; a share `pans` of them is drawn from those with a camera pan.
 
-    A pan's camera stays away for PAN_HOLD to `longest_hold` frames.
+    A pan's camera stays away for PAN_HOLD to `longest_hold` frames; a share `late` of these clips begins anywhere on
+    its way, so that sprites come into view after the opening.
     """
     scenes = []
     for _ in range(count):
@@ -164,7 +165,10 @@ def training_scenes(
         while wanted and not scene.pan:
             scene = sample_scene(rng, held_out=False)
         hold = rng.randint(PAN_HOLD, longest_hold) if longest_hold > PAN_HOLD else PAN_HOLD
-        scenes.append(replace(scene, hold=hold))
+        scene = replace(scene, hold=hold)
+        if late and scene.pan and rng.random() < late:
+            scene = replace(scene, pan_start=rng.randrange(pan_cycle(scene)))
+        scenes.append(scene)
     return scenes
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import AttentionConfig, pixel_frames
+from ..config import AttentionConfig
 from ..fast import choose_pass
 from ..rollout import prefill, stream
 from ..state import StreamState
@@ -19,6 +19,7 @@ from ..world.model import SAMPLER, WorldModel
 from ..world.text import WorldTextEncoder
 from .common import mixed_precision
 
+CONTEXT = 6  # latents before a span that a decoder must have seen
 LATENTS_AT_ONCE = 6  # that a clip is decoded or encoded by
 LATENT = (16, 32, 32)  # channels, height and width of the world's latents
 
@@ -96,19 +97,31 @@ def decode_spans(
 ) -> list[list[Tensor]]:
     """For each clip of the batch, the video frames [start, stop) of each span: uint8 [n, 256, 256, 3] on the CPU.
 
-    Everything up to the last span is decoded, since the VAE looks back; only what the spans hold is kept.
+    The VAE looks back, but not far: CONTEXT latents before a span are decoded with it, which leaves a difference of
+    less than one of 255 levels on average.
     """
     kept: list[list[list[Tensor]]] = [[[] for _ in spans] for _ in latents]
-    last = -(-(max(stop for _, stop in spans) - 1) // 4) + 1
-    at = 0
-    for piece in decode(vae, latents[:, :, :last], device):
-        for number, (start, stop) in enumerate(spans):
-            first, end = max(0, start - at), min(piece.shape[1], stop - at)
-            for clip, frames in enumerate(piece[:, first:end].cpu() if first < end else ()):
-                kept[clip][number].append(frames)
-        at += piece.shape[1]
-    assert at >= min(pixel_frames(last), max(stop for _, stop in spans))
+    for begin, end in stretches(spans):
+        at = 4 * begin  # a decoder's first latent gives one frame
+        for piece in decode(vae, latents[:, :, begin:end], device):
+            for number, (start, stop) in enumerate(spans):
+                first, last = max(0, start - at), min(piece.shape[1], stop - at)
+                for clip, frames in enumerate(piece[:, first:last].cpu() if first < last else ()):
+                    kept[clip][number].append(frames)
+            at += piece.shape[1]
     return [[torch.cat(parts) for parts in clip] for clip in kept]
+
+
+def stretches(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The latents [begin, end) to decode, in order of time and apart, for video frames of `spans` and their CONTEXT."""
+    needed = sorted((max(0, (start + 3) // 4 - CONTEXT), -(-(stop - 1) // 4) + 1) for start, stop in spans)
+    joined = [needed[0]]
+    for begin, end in needed[1:]:
+        if begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return joined
 
 
 @torch.no_grad()

@@ -125,9 +125,10 @@ class LatentBank:
         frames: int = FRAMES,
         pans: float = 0.0,
         longest_hold: int = PAN_HOLD,
+        late: float = 0.0,
     ):
         self.vae, self.size, self.device, self.frames = vae, size, device, frames
-        self.pans, self.longest_hold = pans, longest_hold
+        self.pans, self.longest_hold, self.late = pans, longest_hold, late
         self.rng = random.Random(seed)
         # [size, 17, F, h, w] bfloat16, made by the first `add`: the latents, and where sprites are
         self.latents: Tensor | None = None
@@ -142,7 +143,7 @@ class LatentBank:
     @torch.no_grad()
     def add(self, count: int) -> None:
         """Render and encode `count` clips; a full bank loses its oldest."""
-        scenes = training_scenes(self.rng, count, self.pans, self.longest_hold)
+        scenes = training_scenes(self.rng, count, self.pans, self.longest_hold, self.late)
         with mixed_precision(self.device):
             video, sprites = render_with_mask(scenes, self.frames, self.device)
             fresh = self.vae.encode_whole(video.contiguous(memory_format=torch.channels_last_3d))

@@ -8,6 +8,7 @@ second; where nothing else is said F is 81, five seconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,6 @@ from ..world.scene import (
     BACKGROUNDS,
     BOUNCE_SPEED,
     COLOURS,
-    FPS,
     ORBIT_PERIOD,
     ORBIT_RADIUS,
     SIZE_PX,
@@ -46,8 +46,8 @@ def accuracy(window: Tensor, scene: Scene) -> dict[str, float]:
     return rates | {"background": float(verdict.background and verdict.texture)}
 
 
-def drift(frames: Tensor, scene: Scene, start: int = 0) -> tuple[list[float], list[float]]:
-    """Errors of the background of each frame, `frames` being those of whole seconds from frame `start` on.
+def drift(frames: Tensor, scene: Scene, at: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Errors of the background of each frame; `frames` are those numbered `at` of the clip.
 
     Colour: distance of mean colours in 0..255; texture: distance of its energies at the texture's period, relative to a
     full texture's. Sprites and their edges are left out of both sides, whatever they are.
@@ -55,7 +55,7 @@ def drift(frames: Tensor, scene: Scene, start: int = 0) -> tuple[list[float], li
     labels = label_pixels(frames).cpu()
     free = F.max_pool2d((labels >= 0).float()[:, None], 7, 1, 3)[:, 0] == 0
     empty = replace(scene, sprites=())
-    wanted = torch.cat([render(empty, 1, start + FPS * i) for i in range(len(frames))], dim=1)
+    wanted = torch.cat([render(empty, 1, number) for number in at], dim=1)
     truth = ((wanted + 1) * 127.5).permute(1, 2, 3, 0)
     colours, textures = [], []
     for seen, meant, mask in zip(frames.cpu().float(), truth, free):

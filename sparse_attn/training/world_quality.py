@@ -1,12 +1,13 @@
 """How good clips stay over time, variant by variant: sampling and judging; `quality_report` makes tables and curves.
 
 One rollout serves every horizon: at second h the last five seconds before it are judged, and the background is compared
-once a second. The recall test (`world_recall`) is a sample of its own. Every number is a row
+every five seconds. The recall test (`world_recall`) is a sample of its own. Every number is a row
 (`quality_report.Row`).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Callable
@@ -87,16 +88,22 @@ class ModelSource:
 
     def recalled(self, scenes: list[Scene], spans: Spans) -> list[list[Tensor]]:
         given, total = world_recall.plan(scenes)
-        videos = torch.stack([world_recall.given_video(s, given, self.device) for s in scenes])
         latents = world_clips.sample(
             self.model.dit,
             self.model.text.encode([""] * len(scenes)),
             self.attention,
             total,
             tuple(seed_of("recall", i) for i in range(len(scenes))),
-            world_clips.encode(self.model.vae, videos, self.device),
+            _given(self.model.vae, tuple(scenes), given, self.device),
         )
         return world_clips.decode_spans(self.model.vae, latents, spans, self.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _given(vae: WanVAE, scenes: tuple[Scene, ...], latents: int, device: str) -> Tensor:
+    """What a recall is told, encoded once for all models."""
+    videos = torch.stack([world_recall.given_video(s, latents, device) for s in scenes])
+    return world_clips.encode(vae, videos, device)
 
 
 @dataclass
@@ -154,9 +161,14 @@ def measure(name: str, source: Source, plan: Measuring) -> list[Row]:
 
 
 def spans_of(plan: Measuring) -> Spans:
-    """The judged windows, then the single frames of whole seconds."""
+    """The judged windows, then single frames, every five seconds."""
     windows = [(h * FPS + 1 - world_metrics.WINDOW, h * FPS + 1) for h in plan.horizons]
-    return windows + [(s * FPS, s * FPS + 1) for s in range(max(plan.horizons) + 1)]
+    return windows + [(s * FPS, s * FPS + 1) for s in moments_of(plan)]
+
+
+def moments_of(plan: Measuring) -> range:
+    """The seconds at which the background is compared."""
+    return range(0, max(plan.horizons) + 1, 5)
 
 
 def judged(clip: list[Tensor], scene: Scene, plan: Measuring, device: str) -> dict[tuple[str, float], float]:
@@ -168,8 +180,9 @@ def judged(clip: list[Tensor], scene: Scene, plan: Measuring, device: str) -> di
         start = seconds * FPS + 1 - world_metrics.WINDOW
         values = world_metrics.accuracy(window, scene) | world_metrics.motion(window, scene, start)
         found |= {(metric, seconds): value for metric, value in values.items()}
-    for metric, line in zip(world_metrics.DRIFT, world_metrics.drift(moments, scene)):
-        found |= {(metric, second): value for second, value in enumerate(line)}
+    drift = world_metrics.drift(moments, scene, [second * FPS for second in moments_of(plan)])
+    for metric, line in zip(world_metrics.DRIFT, drift):
+        found |= {(metric, second): value for second, value in zip(moments_of(plan), line)}
     return found
 
 

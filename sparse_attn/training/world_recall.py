@@ -1,6 +1,7 @@
 """The recall test: what left the view must come back as it was, and nothing but the memory can say how.
 
-A standing sprite, a camera that swings away from it, stays away and swings back. All that is *given*, as the renderer
+A standing sprite and a camera that swings to it, away from it, stays away and swings back. The clip begins while the
+camera is away, so that the sprite is not in the sink, which every memory keeps. All that is *given*, as the renderer
 shows it, to the last chunk before the sprite returns; from there the model goes on by itself, without a prompt: which
 sprite it was is nowhere but in the memory. Only textures that show the swing are used (not plain, not bands along it),
 and only shapes, colours and sizes that the last frames judge.
@@ -20,23 +21,24 @@ from ..world.scene import (
     COLOURS,
     FPS,
     PAN_REST,
-    PAN_SWING,
     SHAPES,
     SIZE_PX,
     SIZES,
     TEXTURE_PERIOD,
     Scene,
     Sprite,
+    pan_cycle,
 )
 
 TEXTURES = ("striped", "checkered", "dotted", "diagonal")
 PLACE = 84.0  # distance of the sprite from the edge on whose side the camera leaves it behind
 CHUNK_LATENTS = 3
+FIRST_SEEN = 12  # frame in which the sprite first comes into view; the sink ends with the ninth
 JUDGED = 12  # last frames, in which the camera rests again
 
 
 def recall_scene(rng: random.Random, seconds: float) -> Scene:
-    """A scene whose sprite is out of view for `seconds`."""
+    """A scene whose sprite is out of view for `seconds`, between two times in it."""
     pan = rng.choice(("left", "right"))
     x = PLACE if pan == "right" else SIZE_PX - PLACE
     sprite = Sprite(
@@ -50,22 +52,20 @@ def recall_scene(rng: random.Random, seconds: float) -> Scene:
     phases = (rng.uniform(0, TEXTURE_PERIOD) for _ in range(2))
     scene = Scene((sprite,), rng.choice(list(BACKGROUNDS)), rng.choice(TEXTURES), pan, 0, *phases)
     away, back = absence(scene)
-    return replace(scene, hold=max(0, round(seconds * FPS) - (back - away)))
+    hold = max(0, round(seconds * FPS) - (back - away))
+    return replace(scene, hold=hold, pan_start=back + hold - FIRST_SEEN)
 
 
 def absence(scene: Scene) -> tuple[int, int]:
-    """The first frame without the sprite, and the one in which it returns."""
+    """The first frame without the sprite after it was seen, and the one in which it returns."""
     (sprite,) = scene.sprites
-    frames = torch.arange(cycle(scene), dtype=torch.float32)
+    frames = torch.arange(3 * pan_cycle(scene), dtype=torch.float32)
     x = (sprite.x - camera_offset(scene, frames) + PAN_TORUS / 2) % PAN_TORUS - PAN_TORUS / 2
     radius = 1.1 * SIZES[sprite.size]  # of the star's tips
-    hidden = ((x < -radius) | (x > SIZE_PX - 1 + radius)).nonzero().flatten()
-    return int(hidden[0]), int(hidden[-1]) + 1
-
-
-def cycle(scene: Scene) -> int:
-    """Frames after which the camera begins again."""
-    return 2 * PAN_REST + 2 * PAN_SWING + scene.hold
+    seen = (x >= -radius) & (x <= SIZE_PX - 1 + radius)
+    changes = (seen[1:] != seen[:-1]).nonzero().flatten() + 1
+    away, back = changes[0 if seen[0] else 1 :][:2].tolist()
+    return away, back
 
 
 def plan(scenes: list[Scene]) -> tuple[int, int]:
@@ -73,7 +73,7 @@ def plan(scenes: list[Scene]) -> tuple[int, int]:
     ends with the camera's rest."""
     returns = min(absence(scene)[1] for scene in scenes)
     given = (1 + (returns - 1) // 4) // CHUNK_LATENTS * CHUNK_LATENTS
-    end = max(cycle(scene) + PAN_REST for scene in scenes)
+    end = max(_rest(scene) for scene in scenes) + 2 * PAN_REST
     return given, -(-(1 + -(-(end - 1) // 4)) // CHUNK_LATENTS) * CHUNK_LATENTS
 
 
@@ -83,6 +83,11 @@ def given_video(scene: Scene, latents: int, device: str) -> Tensor:
 
 
 def judged_span(scenes: list[Scene]) -> tuple[int, int]:
-    """The video frames by which all are judged: from the end of the swing, while every camera rests."""
-    rest = max(cycle(scene) - PAN_REST for scene in scenes)
+    """The video frames by which all are judged: from the end of the second swing back, while every camera rests."""
+    rest = max(_rest(scene) for scene in scenes)
     return rest + 2, rest + 2 + JUDGED
+
+
+def _rest(scene: Scene) -> int:
+    """The first frame of the rest after the absence."""
+    return 2 * pan_cycle(scene) - PAN_REST - scene.pan_start

@@ -38,13 +38,18 @@ MODES = {
     "dense-21": AttentionConfig(mode="window", window_frames=21, sink_frames=3, positions="rebased"),
     "window-12": AttentionConfig(mode="window", window_frames=12, sink_frames=3, positions="rebased"),
     "sparse": AttentionConfig(positions="rebased"),
+    "sparse-novelty": AttentionConfig(positions="rebased", keep="novelty"),
     "no-persistent": AttentionConfig(
         window_frames=12, sink_frames=0, persistent_frames=0, positions="rebased"
     ),
     "no-local-sparsity": AttentionConfig(topk=1.0, positions="rebased"),
 }
 # Name, mode to generate with, whose weights.
-ENTRIES = (*((name, name, name) for name in MODES), ("sparse-training-free", "sparse", "dense-21"))
+ENTRIES = (
+    *((name, name, name) for name in MODES),
+    ("sparse-training-free", "sparse", "dense-21"),
+    ("novelty-training-free", "sparse-novelty", "dense-21"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,19 +58,24 @@ class VariantTraining(DitTraining):
 
     steps: of each variant, a share `first_share` of them openings. frames: video frames of a clip, 12 n - 3. clips,
     openings: how many are drawn from. pans: share of the clips with a camera pan, which stays away for up to
-    `longest_hold` frames. Of the other fields those of the model, the openings, the optimizer and the average count;
-    those of windows and of the clock do not.
+    `longest_hold` frames; a share `late` of these begins anywhere on the camera's way. Of the other fields those of the
+    model, the openings, the optimizer and the average count; those of windows and of the clock do not.
     """
 
     steps: int = 500
     first_share: float = 0.2
-    frames: int = 129
-    clips: int = 1024
+    frames: int = 153
+    clips: int = 768
     openings: int = 2048
-    pans: float = 0.35
+    pans: float = 0.5
     longest_hold: int = 56
+    late: float = 0.6
+    first_batch: int = 32
     stream_batch: int = 12
+    drop_prompt: float = 0.25
     guidance: float = 0.3
+    words: float = 0.05
+    sprites: float = 4.0
     decay_from: float = 0.5
     muon_lr: float = 2e-3
     adam_lr: float = 1e-3
@@ -128,7 +138,7 @@ def _banks(cfg: VariantTraining, start: Path, device: str) -> tuple[LatentBank, 
     """Clips and openings, encoded once for all variants."""
     vae = load_vae(start, device).requires_grad_(False)
     channels_last(vae.to(torch.bfloat16 if device != "cpu" else torch.float32))
-    clips = LatentBank(vae, cfg.clips, device, cfg.seed, cfg.frames, cfg.pans, cfg.longest_hold)
+    clips = LatentBank(vae, cfg.clips, device, cfg.seed, cfg.frames, cfg.pans, cfg.longest_hold, cfg.late)
     openings = LatentBank(vae, cfg.openings, device, cfg.seed + 1, frames=1 + 4 * (CHUNK - 1))
     while clips.filled < cfg.clips:
         clips.add(4)

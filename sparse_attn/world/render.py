@@ -30,6 +30,7 @@ from .scene import (
     VELOCITY,
     Scene,
     Sprite,
+    pan_cycle,
 )
 
 MARGIN = 44.0  # how far outside the view the torus reaches: more than the largest sprite
@@ -42,8 +43,7 @@ def camera_offset(scene: Scene, frames: Tensor) -> Tensor:
     """Camera x (pixels) at each frame: rest, swing away, hold, swing back, and again."""
     if not scene.pan:
         return torch.zeros_like(frames)
-    cycle = 2 * PAN_REST + 2 * PAN_SWING + scene.hold
-    t = frames % cycle
+    t = (frames + scene.pan_start) % pan_cycle(scene)
     out = ((t - PAN_REST) / PAN_SWING).clamp(0, 1)
     back = ((t - PAN_REST - PAN_SWING - scene.hold) / PAN_SWING).clamp(0, 1)
     return (out - back) * PAN_DISTANCE * (1 if scene.pan == "right" else -1)

@@ -81,7 +81,8 @@ class Sprite:
 class Scene:
     """A whole scene.
 
-    pan: "", "left" or "right"; hold: frames the camera stays away; phase_x, phase_y: of the texture, pixels.
+    pan: "", "left" or "right"; hold: frames the camera stays away; phase_x, phase_y: of the texture, pixels; pan_start:
+    frame of the camera's way at which the clip begins.
     """
 
     sprites: tuple[Sprite, ...]
@@ -91,6 +92,12 @@ class Scene:
     hold: int = PAN_HOLD
     phase_x: float = 0.0
     phase_y: float = 0.0
+    pan_start: int = 0
+
+
+def pan_cycle(scene: Scene) -> int:
+    """Frames after which the camera begins its way again."""
+    return 2 * PAN_REST + 2 * PAN_SWING + scene.hold
 
 
 def to_prompt(scene: Scene) -> str:

@@ -60,7 +60,7 @@ def test_variants_are_trained_in_turn_and_once(start, tmp_path, monkeypatch):
     first = (out / "window-12" / "world_dit.safetensors").read_bytes()
     assert train_variants(CFG, list(MODES), start, out, "cpu", None) == list(MODES)
     assert (out / "window-12" / "world_dit.safetensors").read_bytes() == first
-    assert [clips[3 * i : 3 * i + 3] for i in range(5)] == 5 * [clips[:3]], (
+    assert [clips[3 * i : 3 * i + 3] for i in range(6)] == 6 * [clips[:3]], (
         "every variant sees the same clips"
     )
     trained = {name: weights(out / name) for name in MODES}
@@ -95,3 +95,5 @@ def test_banks_hold_long_pans():
     assert all(s.pan for s in scenes)
     assert {s.hold for s in scenes} <= set(range(8, 57))
     assert len({s.hold for s in scenes}) > 15
+    late = world_dit.training_scenes(random.Random(0), 40, pans=1.0, longest_hold=56, late=0.5)
+    assert 10 < sum(s.pan_start > 0 for s in late) < 30
