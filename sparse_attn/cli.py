@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, get_args
 from .config import (
     AttentionConfig,
     Backend,
+    Keep,
     Mode,
     Positions,
     SamplerConfig,
@@ -114,6 +115,8 @@ def add_attention_options(make: argparse.ArgumentParser) -> None:
         default=base.dense_first_chunk,
         help="whether the opening chunk reads all of itself",
     )
+    help_text = "which old blocks stay: those attended to most, or those least like what is newer"
+    add("--keep", choices=get_args(Keep), default=base.keep, help=help_text)
     add("--chunk", type=int, default=SamplerConfig().chunk_frames, help="latent frames made at a time")
     add("--positions", choices=get_args(Positions), default=base.positions, help="rebased: any length")
     add("--backend", choices=get_args(Backend), default=base.backend, help="attention kernels")
@@ -189,6 +192,7 @@ def configs(arguments: argparse.Namespace) -> tuple[AttentionConfig, SamplerConf
         persistent_frames=arguments.persistent,
         topk=arguments.topk,
         dense_first_chunk=arguments.dense_first_chunk,
+        keep=arguments.keep,
         positions=arguments.positions,
         backend=arguments.backend,
     )

@@ -280,7 +280,8 @@ class StreamState:
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Continue where `snapshot` was taken, bit for bit. Raises ValueError, and changes nothing, if it does not fit.
 
-        `topk`, `dense_first_chunk`, `sink_ema`, `backend` and `dense_attention` may differ from the saved stream's.
+        `topk`, `dense_first_chunk`, `sink_ema`, `keep`, `backend` and `dense_attention` may differ from the saved
+        stream's.
         """
         self.check_fit(snapshot)
         for name, tensor in self.cache.tensors().items():

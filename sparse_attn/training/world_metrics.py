@@ -2,7 +2,7 @@
 
 A scene does not say everything: where sprites start and the phase of the texture are the model's to choose. So nothing
 is compared pixel by pixel, but by what must hold wherever things are. Windows are uint8 [F, 256, 256, 3], 16 frames a
-second; where nothing else is said F is 81, five seconds.
+second; where nothing else is said F is 81, five seconds. Labels are what the checker's `label_pixels` says of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..world.checker import FASTEST, MIN_AREA, judge, label_pixels, observe
+from ..world.checker import FASTEST, MIN_AREA, judge, observe
 from ..world.render import render
 from ..world.scene import (
     BACKGROUNDS,
@@ -39,20 +39,19 @@ MOTION = ("speed_error", "dynamic_degree", "flicker")
 RECALL = ("recall", "recall_colour", "recall_shape", "recall_size")
 
 
-def accuracy(window: Tensor, scene: Scene) -> dict[str, float]:
+def accuracy(window: Tensor, labels: Tensor, scene: Scene) -> dict[str, float]:
     """The checker's rates, each in [0, 1]: of sprites for colour, shape, size and motion."""
-    verdict = judge(window, scene)
+    verdict = judge(window, scene, labels)
     rates = {name: getattr(verdict, name) / verdict.sprites for name in ACCURACY[:-1]}
     return rates | {"background": float(verdict.background and verdict.texture)}
 
 
-def drift(frames: Tensor, scene: Scene, at: Sequence[int]) -> tuple[list[float], list[float]]:
+def drift(frames: Tensor, labels: Tensor, scene: Scene, at: Sequence[int]) -> tuple[list[float], list[float]]:
     """Errors of the background of each frame; `frames` are those numbered `at` of the clip.
 
     Colour: distance of mean colours in 0..255; texture: distance of its energies at the texture's period, relative to a
     full texture's. Sprites and their edges are left out of both sides, whatever they are.
     """
-    labels = label_pixels(frames).cpu()
     free = F.max_pool2d((labels >= 0).float()[:, None], 7, 1, 3)[:, 0] == 0
     empty = replace(scene, sprites=())
     wanted = torch.cat([render(empty, 1, number) for number in at], dim=1)
@@ -79,7 +78,7 @@ def _energies(frame_HWC: Tensor, mask: Tensor, background: str) -> Tensor:
     return torch.stack([spectrum[0, kx], spectrum[ky, 0], spectrum[ky, kx], spectrum[-ky, kx]])
 
 
-def motion(window: Tensor, scene: Scene, start: int = 0) -> dict[str, float]:
+def motion(window: Tensor, labels: Tensor, scene: Scene, start: int = 0) -> dict[str, float]:
     """Speed error (pixels a frame, mean over sprites found), dynamic degree (the share of the sprites that should move
     and do, by at least half of their speed), and flicker. A camera pan moves everything: such scenes have none (nan).
 
@@ -89,7 +88,6 @@ def motion(window: Tensor, scene: Scene, start: int = 0) -> dict[str, float]:
     if scene.pan:
         return found
     found["flicker"] = flicker(window, start)
-    labels = label_pixels(window).cpu()
     pairs = [(true_speed(s), _speed(labels == list(COLOURS).index(s.colour))) for s in scene.sprites]
     errors = [abs(seen - meant) for meant, seen in pairs if not math.isnan(seen)]
     if errors:
@@ -134,10 +132,10 @@ def flicker(window: Tensor, start: int = 0) -> float:
     return torch.stack(jumps).mean().item() if jumps else math.nan
 
 
-def recall(window: Tensor, scene: Scene) -> dict[str, float]:
+def recall(window: Tensor, labels: Tensor, scene: Scene) -> dict[str, float]:
     """Whether the scene's one sprite is there again as it was: colour, shape, size, and all three. Any length."""
     (sprite,) = scene.sprites
-    seen = {s.colour: s for s in observe(window).sprites}.get(sprite.colour)
+    seen = {s.colour: s for s in observe(window, labels).sprites}.get(sprite.colour)
     right = {
         "recall_colour": seen is not None,
         "recall_shape": seen is not None and seen.shape == sprite.shape,

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import AttentionConfig
 from ..pictures import to_uint8
 from ..vae import WanVAE
+from ..world.checker import label_pixels
 from ..world.model import WorldModel
 from ..world.render import render
 from ..world.scene import FPS, Scene, to_prompt
@@ -142,16 +143,15 @@ def measure(name: str, source: Source, plan: Measuring) -> list[Row]:
     """All numbers of one variant: over time, on held-out prompts, then recall."""
     rows, scenes = [], held_out_scenes(plan.prompts)
     jobs = [(p, s) for p in range(plan.prompts) for s in range(plan.seeds)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = []
         for first in range(0, len(jobs), plan.batch):
             part = jobs[first : first + plan.batch]
             spans = spans_of(plan)
             clips = source.clips([scenes[p] for p, _ in part], [seed_of(*job) for job in part], spans)
-            for job, clip in zip(part, clips):
-                waiting.append(
-                    (job, pool.submit(judged, clip, scenes[job[0]], plan, source.device))
-                )  # while the next batch is made
+            for job, clip in zip(part, clips):  # judged while the next batch is made
+                labels = labelled(clip, source.device)
+                waiting.append((job, pool.submit(judged, clip, labels, scenes[job[0]], plan)))
             log.info("%s: %d of %d clips", name, first + len(part), len(jobs))
         for (prompt, seed), future in waiting:
             rows += [Row(name, *key, prompt, seed, value) for key, value in future.result().items()]
@@ -171,16 +171,23 @@ def moments_of(plan: Measuring) -> range:
     return range(0, max(plan.horizons) + 1, 5)
 
 
-def judged(clip: list[Tensor], scene: Scene, plan: Measuring, device: str) -> dict[tuple[str, float], float]:
-    """(metric, second) -> value of one clip, given as `spans_of` cut it. Pixels are labelled on `device`."""
+def labelled(clip: list[Tensor], device: str) -> list[Tensor]:
+    """Labels of each span's pixels, on the CPU; found on `device`, for they are most of the work of judging."""
+    return [label_pixels(span.to(device)).cpu() for span in clip]
+
+
+def judged(
+    clip: list[Tensor], labels: list[Tensor], scene: Scene, plan: Measuring
+) -> dict[tuple[str, float], float]:
+    """(metric, second) -> value of one clip, given as `spans_of` cut it."""
     found: dict[tuple[str, float], float] = {}
-    windows = [window.to(device) for window in clip[: len(plan.horizons)]]
-    moments = torch.cat(clip[len(plan.horizons) :]).to(device)
-    for seconds, window in zip(plan.horizons, windows):
+    for seconds, window, named in zip(plan.horizons, clip, labels):
         start = seconds * FPS + 1 - world_metrics.WINDOW
-        values = world_metrics.accuracy(window, scene) | world_metrics.motion(window, scene, start)
+        values = world_metrics.accuracy(window, named, scene)
+        values |= world_metrics.motion(window, named, scene, start)
         found |= {(metric, seconds): value for metric, value in values.items()}
-    drift = world_metrics.drift(moments, scene, [second * FPS for second in moments_of(plan)])
+    frames, named = (torch.cat(spans[len(plan.horizons) :]) for spans in (clip, labels))
+    drift = world_metrics.drift(frames, named, scene, [second * FPS for second in moments_of(plan)])
     for metric, line in zip(world_metrics.DRIFT, drift):
         found |= {(metric, second): value for second, value in zip(moments_of(plan), line)}
     return found
@@ -194,8 +201,9 @@ def _recall_rows(
     span, rows = world_recall.judged_span(scenes), []
     for first in range(0, len(scenes), plan.batch):
         part = scenes[first : first + plan.batch]
-        windows = [clip[0].to(source.device) for clip in source.recalled(part, [span])]
-        for i, values in enumerate(pool.map(world_metrics.recall, windows, part)):
+        windows = [clip[0] for clip in source.recalled(part, [span])]
+        labels = labelled(windows, source.device)
+        for i, values in enumerate(pool.map(world_metrics.recall, windows, labels, part)):
             rows += [Row(name, metric, seconds, first + i, 0, value) for metric, value in values.items()]
     log.info("%s: recall after %s s", name, seconds)
     return rows

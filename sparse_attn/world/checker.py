@@ -71,7 +71,7 @@ def palette() -> Tensor:
 
 
 def label_pixels(video_FHWC: Tensor) -> Tensor:
-    """Index of the nearest palette colour, by a 3x3 majority of each sprite colour: [F, H, W] (-1: background)."""
+    """Index of the nearest palette colour, by a 3x3 majority of each sprite colour: [F, H, W] int8 (-1: background)."""
     rgb = palette().to(video_FHWC.device)
     offset = rgb.square().sum(1) / 2
     labels = []
@@ -81,16 +81,17 @@ def label_pixels(video_FHWC: Tensor) -> Tensor:
         count = len(COLOURS)
         one_hot = F.one_hot(nearest.clamp(max=count), count + 1)[..., :count].permute(0, 3, 1, 2).float()
         share, label = F.avg_pool2d(one_hot, 3, 1, 1).max(1)
-        labels.append(torch.where(share > 0.5, label, -1))
+        labels.append(torch.where(share > 0.5, label, -1).to(torch.int8))
     return torch.cat(labels)
 
 
-def observe(video_FHWC: Tensor) -> Observation:
+def observe(video_FHWC: Tensor, labels: Tensor | None = None) -> Observation:
     """Name everything in a clip. video: [F, H, W, 3] uint8 or float in 0..255, at 16 frames a second.
 
-    Most of the time goes into labelling, which runs where the video is; the rest runs on the CPU.
+    Most of the time goes into labelling, which runs where the video is unless `labels` brings what `label_pixels` said
+    of it; the rest runs on the CPU.
     """
-    labels, video_FHWC = label_pixels(video_FHWC).cpu(), video_FHWC.cpu()
+    labels, video_FHWC = (label_pixels(video_FHWC) if labels is None else labels).cpu(), video_FHWC.cpu()
     sprites = [s for i, name in enumerate(COLOURS) if (s := _observe_colour(labels == i, name)) is not None]
     return Observation(tuple(sprites), *_observe_background(video_FHWC.float(), labels))
 
@@ -280,9 +281,10 @@ def _observe_background(video_FHWC: Tensor, labels: Tensor) -> tuple[str, str]:
     return background, max(likeness, key=likeness.__getitem__)
 
 
-def judge(video_FHWC: Tensor, scene: Scene) -> Verdict:
-    """Compare a clip with the scene it should show. A sprite that was not found counts as wrong in everything."""
-    seen = observe(video_FHWC)
+def judge(video_FHWC: Tensor, scene: Scene, labels: Tensor | None = None) -> Verdict:
+    """Compare a clip with the scene it should show. A sprite that was not found counts as wrong in everything.
+    labels: as `observe` takes them."""
+    seen = observe(video_FHWC, labels)
     by_colour = {s.colour: s for s in seen.sprites}
     found = [(want, by_colour[want.colour]) for want in scene.sprites if want.colour in by_colour]
     return Verdict(

@@ -21,10 +21,12 @@ from sparse_forcing_pack.sparse_attn.training.world_quality import (
     Measuring,
     RenderedSource,
     judged,
+    labelled,
     measure,
     spans_of,
 )
 from sparse_forcing_pack.sparse_attn.training.world_variants import ENTRIES, MODES
+from sparse_forcing_pack.sparse_attn.world.checker import label_pixels
 from sparse_forcing_pack.sparse_attn.world.render import render
 from sparse_forcing_pack.sparse_attn.world.scene import Scene, Sprite
 
@@ -39,14 +41,15 @@ def shown(scene, frames=81, start=0):
 
 def values(window, scene=SCENE, start=0, names=None):
     """All metrics of a window, or those families that the `names` are of."""
-    found = {}
+    found, labels = {}, label_pixels(window)
     if names is None or set(names) & set(world_metrics.DRIFT):
-        worst = map(max, world_metrics.drift(window[::16], scene, range(start, start + 81, 16)))
+        moments = window[::16], labels[::16]
+        worst = map(max, world_metrics.drift(*moments, scene, range(start, start + 81, 16)))
         found |= dict(zip(world_metrics.DRIFT, worst))
     if names is None or set(names) & set(world_metrics.ACCURACY):
-        found |= world_metrics.accuracy(window, scene)
+        found |= world_metrics.accuracy(window, labels, scene)
     if names is None or set(names) & set(world_metrics.MOTION):
-        found |= world_metrics.motion(window, scene, start)
+        found |= world_metrics.motion(window, labels, scene, start)
     return found
 
 
@@ -103,7 +106,7 @@ def test_every_metric_notices_its_damage(truth, damage):
 def test_a_drift_is_seen_when_it_happens():
     frames = torch.cat([shown(SCENE, 1, 16 * i) for i in range(4)])
     frames[2:] = (frames[2:].int() + torch.tensor([40, 0, 0])).clamp(max=255).byte()
-    colour, _ = world_metrics.drift(frames, SCENE, [0, 16, 32, 48])
+    colour, _ = world_metrics.drift(frames, label_pixels(frames), SCENE, [0, 16, 32, 48])
     assert max(colour[:2]) < 1
     assert min(colour[2:]) == pytest.approx(40, abs=1)
 
@@ -119,8 +122,13 @@ def test_what_the_scene_leaves_open_is_no_error():
 
 
 def test_a_pan_has_no_speed():
-    found = world_metrics.motion(shown(replace(SCENE, pan="left")), replace(SCENE, pan="left"))
+    scene = replace(SCENE, pan="left")
+    found = world_metrics.motion(shown(scene), label_pixels(shown(scene)), scene)
     assert all(math.isnan(value) for value in found.values())
+
+
+def recalled(window, scene):
+    return world_metrics.recall(window, label_pixels(window), scene)
 
 
 @pytest.mark.parametrize("seconds", [2, 5, 15])
@@ -134,20 +142,20 @@ def test_a_recall_scene_hides_its_sprite_that_long(seconds):
     for scene in scenes[:2]:
         away, back = world_recall.absence(scene)
         assert back - away == pytest.approx(16 * seconds, abs=4)
-        assert not (world_metrics.label_pixels(shown(scene, 9)) >= 0).any(), "not in the sink"
+        assert not (label_pixels(shown(scene, 9)) >= 0).any(), "not in the sink"
         swing_back = 8 + 28 + scene.hold + world_recall.pan_cycle(scene) - scene.pan_start
         assert swing_back < 4 * (given - 1) + 1 <= back, "the swing is seen, the return is not"
-        seen = world_metrics.label_pixels(shown(scene, 3, away - 2)) >= 0
+        seen = label_pixels(shown(scene, 3, away - 2)) >= 0
         assert seen[0].any() and not seen[2].any(), "out of view from the frame that is said"
-        assert not (world_metrics.label_pixels(shown(scene, 1, back - 1)) >= 0).any()
-        assert world_metrics.recall(shown(scene, stop - start, start), scene)["recall"] == 1
+        assert not (label_pixels(shown(scene, 1, back - 1)) >= 0).any()
+        assert recalled(shown(scene, stop - start, start), scene)["recall"] == 1
         (sprite,) = scene.sprites
         for change in ({"shape": "ring" if sprite.shape != "ring" else "star"}, {"colour": "blue"}):
             if getattr(sprite, next(iter(change))) != next(iter(change.values())):
                 wrong = replace(scene, sprites=(replace(sprite, **change),))
-                assert world_metrics.recall(shown(wrong, stop - start, start), scene)["recall"] == 0
+                assert recalled(shown(wrong, stop - start, start), scene)["recall"] == 0
         empty = replace(scene, sprites=())
-        assert sum(world_metrics.recall(shown(empty, stop - start, start), scene).values()) == 0
+        assert sum(recalled(shown(empty, stop - start, start), scene).values()) == 0
 
 
 def test_measuring_the_renderer_gives_perfect_rows():
@@ -159,7 +167,7 @@ def test_measuring_the_renderer_gives_perfect_rows():
     assert found["recall", 2] == 1
     gray = RenderedSource("cpu", change=lambda frames, start: frames // 4 + 90)
     (clip,) = gray.clips(held_out_scenes(1), [0], spans_of(replace(PLAN, horizons=(5,))))
-    damaged = judged(clip, held_out_scenes(1)[0], replace(PLAN, horizons=(5,)), "cpu")
+    damaged = judged(clip, labelled(clip, "cpu"), held_out_scenes(1)[0], replace(PLAN, horizons=(5,)))
     assert damaged["colour", 5] == 0
     assert damaged["colour_error", 5] > 20
 
