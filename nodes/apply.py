@@ -150,6 +150,18 @@ class SparseForcingApply(io.ComfyNode):
                         "numbers, faster. Off: always the host's own layers."
                     ),
                 ),
+                io.Combo.Input(
+                    "keep",
+                    optional=True,
+                    options=["attention", "novelty"],
+                    default="attention",
+                    advanced=True,
+                    tooltip=(
+                        "Mode sparse: which blocks stay once they are older than the window. attention: those the "
+                        "model looks at most, as in the paper. novelty: those least like anything newer or the "
+                        "first frames; try it where things leave the picture and come back."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -109,7 +110,10 @@ def prefill(denoise: Denoise, memory: Memory, latent: Tensor, chunk_frames: int)
 def draw_noise(shape: tuple[int, ...], seed: int | tuple[int, ...], chunk: int, step: int) -> Tensor:
     """Unit normal float32 noise of a chunk's step on the CPU, the same on every machine; seeds wrap at 64 bits."""
     if isinstance(seed, tuple):
-        return torch.cat([draw_noise((1, *shape[1:]), own, chunk, step) for own in seed])
+        if len(seed) < 8:
+            return torch.cat([draw_noise((1, *shape[1:]), own, chunk, step) for own in seed])
+        with ThreadPoolExecutor(8) as pool:  # many videos: the device would wait for the host's dice
+            return torch.cat(list(pool.map(lambda own: draw_noise((1, *shape[1:]), own, chunk, step), seed)))
     generator = torch.Generator().manual_seed((seed + 1000 * chunk + step) % 2**64)
     return torch.randn(shape, generator=generator)
 

@@ -1,7 +1,7 @@
 """How good clips stay over time, variant by variant: sampling and judging; `quality_report` makes tables and curves.
 
 One rollout serves every horizon: at second h the last five seconds before it are judged, and the background is compared
-every five seconds. The recall test (`world_recall`) is a sample of its own. Every number is a row
+at their first and last frame. The recall test (`world_recall`) is a sample of its own. Every number is a row
 (`quality_report.Row`).
 """
 
@@ -161,14 +161,14 @@ def measure(name: str, source: Source, plan: Measuring) -> list[Row]:
 
 
 def spans_of(plan: Measuring) -> Spans:
-    """The judged windows, then single frames, every five seconds."""
+    """The judged windows, then the single frames at their ends."""
     windows = [(h * FPS + 1 - world_metrics.WINDOW, h * FPS + 1) for h in plan.horizons]
     return windows + [(s * FPS, s * FPS + 1) for s in moments_of(plan)]
 
 
-def moments_of(plan: Measuring) -> range:
+def moments_of(plan: Measuring) -> list[int]:
     """The seconds at which the background is compared."""
-    return range(0, max(plan.horizons) + 1, 5)
+    return sorted({second for horizon in plan.horizons for second in (horizon - 5, horizon)})
 
 
 def labelled(clip: list[Tensor], device: str) -> list[Tensor]:

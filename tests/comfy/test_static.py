@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from sparse_forcing_pack.sparse_attn.config import AttentionConfig, Backend, Keep, Mode, Positions
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -32,6 +34,7 @@ FROZEN = {
             "dense_first_chunk",
             "sink_ema",
             "fast_pass",
+            "keep",
         ],
         "outputs": ["MODEL"],
     },
@@ -175,6 +178,15 @@ def test_everything_on_a_node_is_explained(node_id):
     help_page = (ROOT / "web" / "docs" / node_id / "en.md").read_text(encoding="utf-8")
     for call in inputs_of(node_id):
         assert f"**{input_name(call)}**" in help_page
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"), [("mode", Mode), ("positions", Positions), ("backend", Backend), ("keep", Keep)]
+)
+def test_apply_offers_every_choice_that_there_is(name, choices):
+    (call,) = [i for i in inputs_of("SparseForcingApply") if input_name(i) == name]
+    assert sorted(ast.literal_eval(keyword(call, "options"))) == sorted(get_args(choices))
+    assert ast.literal_eval(keyword(call, "default")) == getattr(AttentionConfig(), name)
 
 
 def test_schema_inputs_are_execute_arguments():

@@ -29,6 +29,7 @@ from sparse_forcing_pack.sparse_attn.config import (
         (0, {}, "chunk_frames 0 must be a whole number, 1 or more"),
         (3, {"mode": "full"}, "mode 'full' is unknown: use one of dense, window, sparse"),
         (3, {"positions": "relative"}, "positions 'relative' is unknown: use one of absolute, rebased"),
+        (3, {"keep": "novel"}, "keep 'novel' is unknown: use one of attention, novelty"),
         (3, {"backend": "cuda"}, "backend 'cuda' is unknown: use one of auto, reference, triton"),
         (
             3,

@@ -26,6 +26,7 @@ MODES = {
     "window-rebased": AttentionConfig(mode="window", window_frames=6, sink_frames=1, positions="rebased"),
     "sparse": AttentionConfig(**SPARSE),
     "sparse-rebased": AttentionConfig(**SPARSE, positions="rebased"),
+    "sparse-novelty": AttentionConfig(**SPARSE, keep="novelty"),
 }
 
 

@@ -137,10 +137,21 @@ class ListedAttention:
             window.append(self.current[head])
             if len(window) == self.attention.window_frames // self.chunk:
                 candidates = self.persistent[head] + window.pop(0)
+                if self.attention.keep == "novelty":
+                    self._score_by_novelty([*candidates, *(block for chunk in window for block in chunk)])
                 ranked = sorted(candidates, key=lambda block: (not block["sink"], -block["score"]))
                 winners = {id(block) for block in ranked[: self.capacity]}
                 self.persistent[head] = [block for block in candidates if id(block) in winners]
         self.frame += frames
+
+    @staticmethod
+    def _score_by_novelty(blocks):
+        """1 - the largest cosine to a newer block or to the sink; blocks in the order of time."""
+        means = [block["v"].double().mean(0) for block in blocks]
+        for i, block in enumerate(blocks):
+            others = [mean for j, mean in enumerate(means) if j > i or (blocks[j]["sink"] and j != i)]
+            cosines = [float(means[i] @ mean / means[i].norm() / mean.norm()) for mean in others]
+            block["score"] = 1 - max(cosines, default=-1)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +162,9 @@ class ListedAttention:
         (3, [1, 3, 3, 3, 3, 2], {"window_frames": 9}),
         (2, [2] * 6, {"window_frames": 4, "sink_frames": 0, "persistent_frames": 2, "topk": 0.1}),
         (1, [1] * 8, {"topk": 0.5}),
+        (3, [3] * 7, {"keep": "novelty"}),
+        (3, [1, 3, 3, 3, 3, 2], {"keep": "novelty", "window_frames": 9, "sink_frames": 6}),
+        (2, [2] * 6, {"keep": "novelty", "window_frames": 2, "sink_frames": 0, "persistent_frames": 2}),
         (3, [3] * 4, {"window_frames": 3, "sink_frames": 0, "persistent_frames": 0}),
     ],
 )
@@ -179,9 +193,11 @@ MODES = [
     AttentionConfig(block_tokens=16),
     AttentionConfig(block_tokens=16, positions="rebased"),
     AttentionConfig(mode="window", positions="rebased", sink_ema=0.1),
+    AttentionConfig(block_tokens=16, keep="novelty"),
 ]
 NAMES = [
     f"{attention.mode}-{attention.positions}{'-moving sink' if attention.sink_ema else ''}"
+    f"{'-novelty' if attention.keep == 'novelty' else ''}"
     for attention in MODES
 ]
 
@@ -295,10 +311,11 @@ EVERYTHING = [
     AttentionConfig(mode="dense"),
     AttentionConfig(mode="window", window_frames=9, sink_frames=0),
     AttentionConfig(block_tokens=16, topk=1.0, window_frames=6, persistent_frames=6),
+    AttentionConfig(block_tokens=16, topk=1.0, window_frames=6, persistent_frames=6, keep="novelty"),
 ]
 
 
-@pytest.mark.parametrize("attention", EVERYTHING, ids=[attention.mode for attention in EVERYTHING])
+@pytest.mark.parametrize("attention", EVERYTHING, ids=["dense", "window", "sparse", "sparse-novelty"])
 def test_gradients_reach_the_open_chunk_and_stop_at_the_memory(make_toy, attention):
     """Where everything is read, gradients are those of plain attention over constants and the open chunk."""
     torch.manual_seed(0)
@@ -411,3 +428,4 @@ def test_a_snapshot_of_another_stream_is_refused(make_toy):
     ):
         longer.restore(toy.state(DENSE, 3, total_frames=9).snapshot())
     state.restore(toy.state(AttentionConfig(topk=0.5), 3).snapshot())  # how much is read may change
+    state.restore(toy.state(AttentionConfig(keep="novelty"), 3).snapshot())  # and what will stay
