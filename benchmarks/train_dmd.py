@@ -142,7 +142,7 @@ def make_run(args: argparse.Namespace, cfg: Any, latent: tuple[int, int]) -> Any
 def time_step(args: argparse.Namespace) -> None:
     """Sparse and dense in turn: whole steps in which the student learns, and the student's part of them alone.
 
-    A step of each exit of the sampler is timed, after one for warming up.
+    A step of each exit of the sampler is timed, after two for warming up: graphs are captured in the second.
     """
     cfg, latent = read_config(args.config, args.set), tuple(args.latent)
     sparse = dataclasses.replace(cfg.attention, block_tokens=args.block_tokens)
@@ -151,7 +151,7 @@ def time_step(args: argparse.Namespace) -> None:
         cfg, latent = dataclasses.replace(cfg, bf16=False, frames=9), (4, 6)
     run = make_run(args, cfg, latent)
     exits = [run.cfg.exit_step(n) for n in range(60)]
-    numbers = [exits.index(i) for i in range(len(run.cfg.sampler.sigmas))]
+    numbers = [exits.index(i) for i in args.exits or range(len(run.cfg.sampler.sigmas))]
     modes = {"sparse": run.cfg.attention, "dense": AttentionConfig(mode="dense")}
     found = {}
     for name, attention in modes.items():
@@ -184,14 +184,24 @@ def measure_mode(run: Any, numbers: list[int], device: str) -> dict[str, float]:
     def student(n: int) -> None:
         rows = run.prompts.batch([0], run.device)
         run.memory.reset()
+        quick = run.fused.flow(rows) if run.fused else None
         made = dmd.roll(
-            run.student, run.memory, rows, run.cfg.sampler_at(n), (1, *run.shape), 0, run.cfg.frames, (n,)
+            run.student,
+            run.memory,
+            rows,
+            run.cfg.sampler_at(n),
+            (1, *run.shape),
+            0,
+            run.cfg.frames,
+            (n,),
+            quick,
         )
         run.memory.reset()
-        dmd.replay(run.student, run.memory, rows, made, made.clip / made.clip.numel())
+        dmd.replay(run.student, run.memory, rows, made, made.clip / made.clip.numel(), quick=quick)
         run.student_optimizer.zero_grad()
 
-    step(numbers[-1])
+    for _ in range(2):
+        step(numbers[-1])
     peak = module("training.metrics").peak_gib
     whole = sum(timed(lambda n=n: step(n), device) for n in numbers) / len(numbers)
     parts = sum(timed(lambda n=n: student(n), device) for n in numbers) / len(numbers)
@@ -216,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--tflops", type=float, default=350.0, help="of cost: sustained by one GPU")
     parser.add_argument("--block-tokens", type=int, default=128, help="of step: tokens of a page")
+    parser.add_argument("--exits", type=int, nargs="+", help="of step: exit steps to time; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -1,7 +1,8 @@
-"""What the trainings share: the clock, the learning-rate shape, steps as graphs, the optimizer, and random scenes."""
+"""What the trainings share: clock, learning-rate shape, steps as graphs, compiled blocks, optimizer, random scenes."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import time
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..fast import new_pool, record
 from ..state import sdpa
+from ..wan import Block, WanModel, modulate
 from ..world.render import render
 from ..world.scene import PAN_HOLD, Scene, pan_cycle, sample_scene
 
@@ -120,6 +122,33 @@ def shifted(u: Tensor) -> Tensor:
 def whole_attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend` of frames that all see each other and nothing else."""
     return sdpa(q, k, v)
+
+
+def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
+    """Compile what stands before and after a block's attention, once for all blocks.
+
+    Attention stays as it is: on a memory it reads lists and changes pages, elsewhere it is one call anyway.
+    """
+
+    def before_attention(
+        block: Block, x: Tensor, e0: Tensor, rope
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        e = block.adaln(e0)
+        return e, block.self_attn.project(modulate(block.norm1(x), e[0], e[1]), rope)
+
+    def after_attention(block: Block, x: Tensor, out: Tensor, e: tuple[Tensor, ...], cross_kv) -> Tensor:
+        return block.after_attention(x, block.self_attn.o(out), e, cross_kv)
+
+    enter = torch.compile(before_attention, dynamic=False, backend=backend)
+    leave = torch.compile(after_attention, dynamic=False, backend=backend)
+
+    def forward(block: Block, x, e0, rope, cross_kv, layer: int, attend) -> Tensor:
+        x = x.contiguous()  # the first block's comes transposed, which would be compiled once more
+        e, qkv = enter(block, x, e0, rope)
+        return leave(block, x, attend(layer, *qkv).flatten(2), e, cross_kv)
+
+    for block in dit.blocks:
+        block.forward = functools.partial(forward, block)
 
 
 CrossKV = list[tuple[Tensor, Tensor]]

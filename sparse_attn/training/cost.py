@@ -159,6 +159,7 @@ def _weights(small: dict[str, Any], large: dict[str, Any], bf16: bool, gpus: int
         "student, critic": 2 * 16 * counts[0] / gpus,  # weights, gradients and two moments in float32
         "average": 4 * counts[0] / gpus,
         "teacher": (2 if bf16 else 4) * counts[1] / gpus,
+        "fused student": (2 if bf16 else 4) * counts[0] if gpus == 1 else 0.0,
     }
 
 

@@ -28,7 +28,9 @@ from ..state import StreamState
 from ..wan import WanModel, frame_timesteps
 from .common import CrossKV, backward_prompt, prompt_leaves, shifted, whole_attention
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # x_t [B, C, F, H, W], sigma [B] -> x0
+Flow = Callable[
+    [Tensor, float], Tensor
+]  # x [B, C, F, H, W], sigma -> flow float32 of the open chunk on the memory
 
 
 @dataclass
@@ -45,8 +47,8 @@ class Rollout:
         return torch.cat(self.outputs, dim=2)
 
 
-def pass_of(model: WanModel, memory: StreamState, cross_kv: CrossKV) -> Callable[[Tensor, float], Tensor]:
-    """(x [B, C, F, H, W], sigma) -> flow float32 of the open chunk on the memory."""
+def pass_of(model: WanModel, memory: StreamState, cross_kv: CrossKV) -> Flow:
+    """The model's own pass, to which autograd can look."""
 
     def flow(x: Tensor, sigma: float) -> Tensor:
         t = frame_timesteps(sigma, x.shape[0], x.shape[2], x.device)
@@ -65,12 +67,14 @@ def roll(
     start: int,
     frames: int,
     seeds: tuple[int, ...],
+    flow: Flow | None = None,
 ) -> Rollout:
     """Generate `frames` latent frames from frame `start` on, whose memory stands there.
 
-    The sampler ends at the exit step. rows [B, 512, C] of text; shape (B, C, H, W); seeds: one a video.
+    The sampler ends at the exit step. rows [B, 512, C] of text; shape (B, C, H, W); seeds: one a video. flow: a faster
+    pass of the same weights under the same text.
     """
-    flow, seen = pass_of(model, memory, model.cross_kv(rows)), {}
+    flow, seen = flow or pass_of(model, memory, model.cross_kv(rows)), {}
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         if sigma > 0:
@@ -97,11 +101,12 @@ def replay(
     made: Rollout,
     gradient: Tensor,
     clean_weight: float = 0.0,
+    quick: Flow | None = None,
 ) -> Tensor:
     """Add to the weights' gradients what `gradient` [B, C, F, H, W], of a loss in `made.clip`, asks of them.
 
-    The memory stands where it stood before `roll`, and afterwards where it stood after it. Returns the loss of the
-    clean passes (0 where it is left out).
+    The memory stands where it stood before `roll`, and afterwards where it stood after it. quick: as `flow` of `roll`,
+    for the clean passes that are not trained. Returns the loss of the clean passes (0 where it is left out).
     """
     cross_kv = model.cross_kv(rows)
     leaves = prompt_leaves(cross_kv)
@@ -111,12 +116,13 @@ def replay(
     for x, sigma, x0, g in zip(made.inputs, made.sigmas, made.outputs, gradients):
         memory.begin_chunk(x.shape[2])
         (x - sigma * flow(x, sigma)).backward(g)
-        with torch.set_grad_enabled(clean_weight > 0):
-            clean = flow(x0, 0.0)
-            if clean_weight > 0:
-                loss = clean_weight / len(made.inputs) * clean_loss(clean, x0)
-                loss.backward()
-                total += loss.detach()
+        if clean_weight > 0:
+            loss = clean_weight / len(made.inputs) * clean_loss(flow(x0, 0.0), x0)
+            loss.backward()
+            total += loss.detach()
+        else:
+            with torch.no_grad():
+                (quick or flow)(x0, 0.0)
         memory.end_chunk()
     backward_prompt(cross_kv, leaves)
     return total

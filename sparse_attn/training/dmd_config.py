@@ -35,7 +35,8 @@ class DmdTraining:
     starts there. guidance: g of cond + g (cond - uncond) of the teacher. clean_weight: of a loss that trains the clean
     pass (`dmd.clean_loss`); 0 leaves it out. ema_from: first step from which the average differs from the student.
     bf16: products in bfloat16, weights, gradients and averages in float32. recompute_*: activation checkpointing of
-    that model's blocks; a student's chunk is short, the critic sees the whole clip at once.
+    that model's blocks; a student's chunk is short, the critic sees the whole clip at once. compile: what stands before
+    and after a block's attention, in all three models; one process only.
     """
 
     steps: int = 1200
@@ -58,6 +59,7 @@ class DmdTraining:
     bf16: bool = True
     recompute_student: bool = False
     recompute_critic: bool = True
+    compile: bool = False
     seed: int = 0
     log_every: int = 10
     save_every: int = 100
@@ -99,6 +101,10 @@ class DmdTraining:
             raise ValueError(
                 f"batch {self.batch} cannot be split into {processes} processes of {self.micro_batch} clips at once: "
                 f"use a multiple of {unit}, or another micro_batch."
+            )
+        if self.compile and processes > 1:
+            raise ValueError(
+                f"compile does not go together with models split over {processes} processes: set it to false."
             )
         check_length(self.frames, self.sampler.chunk_frames)
         if self.ramp_interval < 0 or not 0 < self.ramp_rate <= 1:

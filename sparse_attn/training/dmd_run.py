@@ -37,9 +37,9 @@ from .checkpoints import (
     state_of,
     weights_of,
 )
-from .common import log
+from .common import compile_blocks, log
 from .dmd_config import DmdTraining, LongTuning, Piece, seed_of
-from .dmd_models import halve_products, recompute_blocks, update_average
+from .dmd_models import FusedStudent, halve_products, recompute_blocks, update_average
 from .dmd_prompts import Prompts, padded_rows, prompt_of
 from .metrics import Metrics, peak_gib
 from .parallel import Processes, clip_gradients, mean_over, shard
@@ -84,9 +84,12 @@ class DmdRun:
         self.cfg, self.prompts, self.shape, self.folder, self.vae = cfg, prompts, shape, folder, vae
         self.device = self.processes.device
         self.average = self._placed(copy.deepcopy(student), recompute=False).requires_grad_(False)
+        plain = copy.deepcopy(student) if self._fuses() else None
         self.student = self._placed(student, cfg.recompute_student)
         self.critic = self._placed(critic, cfg.recompute_critic)
         frozen = torch.bfloat16 if cfg.bf16 else torch.float32
+        if cfg.compile:
+            compile_blocks(teacher)
         self.teacher = shard(teacher.to(self.device, frozen).requires_grad_(False), self.processes, cfg.bf16)
         self.negative = upload(padded_rows(prompts.negative)[None], self.device)
         # on a GPU the other kinds make copies as large as the weights
@@ -95,21 +98,30 @@ class DmdRun:
         self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=cfg.student_lr, **options)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=cfg.critic_lr, **options)
         self.memory = self._memory()
+        self.fused = FusedStudent(plain.to(self.device), self.memory) if plain else None
         self.streams: dict[int, Stream] = {}  # by micro batch, of `LongTuning`
         self.step_number = 0
 
     def _placed(self, model: WanModel, recompute: bool) -> WanModel:
         model.to(self.device, torch.float32)
+        if self.cfg.compile:
+            compile_blocks(model)
         if recompute:
             recompute_blocks(model)
         if self.cfg.bf16:
             halve_products(model, self.device)
         return shard(model, self.processes, self.cfg.bf16)
 
+    def _fuses(self) -> bool:
+        """Whether passes without gradients run fused: where launches cost, and all weights are in one place."""
+        return torch.device(self.device).type == "cuda" and self.processes.size == 1
+
     def use_attention(self, attention: AttentionConfig) -> None:
         """Go on with another kind of memory for the student: to compare kinds with the same models."""
         self.cfg = dataclasses.replace(self.cfg, attention=attention)
         self.memory = self._memory()
+        if self.fused:
+            self.fused.use_memory(self.memory)
 
     def _memory(self) -> StreamState:
         _, height, width = self.shape
@@ -150,6 +162,8 @@ class DmdRun:
         updates = n % cfg.student_every == 0
         micros = cfg.batch // (cfg.micro_batch * self.processes.size)
         self.memory.attention = cfg.attention_at(n)
+        if self.fused:
+            self.fused.follow(self.student)
         losses = {"critic_loss": 0.0, "student_loss": 0.0, "clean_loss": 0.0}
         for micro in range(micros):
             for name, value in self._micro_step(n, micro, micros, updates).items():
@@ -177,9 +191,10 @@ class DmdRun:
         picks = [prompt_of(cfg.seed, first + place, count) for place in places]
         rows = self.prompts.batch(picks, self.device)
         before = self._enter(piece, micro)
+        quick = self.fused.flow(rows) if self.fused else None
         made = dmd.roll(
             self.student, self.memory, rows, cfg.sampler_at(n), (len(places), *self.shape), piece.start,
-            piece.frames, tuple(seed_of(cfg.seed, "rollout", piece.rollout, place) for place in places),
+            piece.frames, tuple(seed_of(cfg.seed, "rollout", piece.rollout, place) for place in places), quick,
         )  # fmt: skip
         clip = self._window(made.clip, before)
         losses = {"student_loss": 0.0, "clean_loss": 0.0}
@@ -189,7 +204,9 @@ class DmdRun:
             losses["student_loss"] = 0.5 * trained.square().mean().item()
             self._rewind(before)
             scaled = trained / (trained[0].numel() * len(places) * micros)
-            clean = dmd.replay(self.student, self.memory, rows, made, scaled, cfg.clean_weight / micros)
+            clean = dmd.replay(
+                self.student, self.memory, rows, made, scaled, cfg.clean_weight / micros, quick
+            )
             losses["clean_loss"] = clean.item() * micros
         losses["critic_loss"] = self._critic_backward(
             clip, rows, self._noise(n, places, "critic", clip.shape), micros

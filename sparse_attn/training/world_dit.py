@@ -36,7 +36,7 @@ from ..config import AttentionConfig, Backend, Positions
 from ..rollout import upload
 from ..state import StreamState
 from ..vae import WanVAE
-from ..wan import Block, WanModel, modulate
+from ..wan import WanModel
 from ..world.scene import PAN_HOLD, to_prompt
 from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
 from .common import (
@@ -45,6 +45,7 @@ from .common import (
     GraphedStep,
     backward_prompt,
     channels_last,
+    compile_blocks,
     log,
     lr_factor,
     mixed_precision,
@@ -291,33 +292,6 @@ def self_inputs(model: Trainee, x0: Tensor, step: Tensor, first: int, cross_kv) 
     truth = (step <= 0) | (torch.rand(batch, chunks, device=x0.device) < 0.5)
     truth[:, 0] = True
     return context, torch.where(per_frame(truth), x0, source)
-
-
-def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
-    """Compile what stands before and after a block's attention, once for all blocks.
-
-    Attention stays as it is: on a memory it reads lists and changes pages, elsewhere it is one call anyway.
-    """
-
-    def before_attention(
-        block: Block, x: Tensor, e0: Tensor, rope
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        e = block.adaln(e0)
-        return e, block.self_attn.project(modulate(block.norm1(x), e[0], e[1]), rope)
-
-    def after_attention(block: Block, x: Tensor, out: Tensor, e: tuple[Tensor, ...], cross_kv) -> Tensor:
-        return block.after_attention(x, block.self_attn.o(out), e, cross_kv)
-
-    enter = torch.compile(before_attention, dynamic=False, backend=backend)
-    leave = torch.compile(after_attention, dynamic=False, backend=backend)
-
-    def forward(block: Block, x, e0, rope, cross_kv, layer: int, attend) -> Tensor:
-        x = x.contiguous()  # the first block's comes transposed, which would be compiled once more
-        e, qkv = enter(block, x, e0, rope)
-        return leave(block, x, attend(layer, *qkv).flatten(2), e, cross_kv)
-
-    for block in dit.blocks:
-        block.forward = functools.partial(forward, block)
 
 
 def optimizers(model: Trainee, cfg: DitTraining) -> list[torch.optim.Optimizer]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config import AttentionConfig
-from .common import channels_last, log, lr_factor, set_lr
+from .common import channels_last, compile_blocks, log, lr_factor, set_lr
 from .world_clips import load_vae
 from .world_dit import (
     CHUNK,
@@ -26,7 +26,6 @@ from .world_dit import (
     LatentBank,
     Steps,
     Trainee,
-    compile_blocks,
     load_weights,
     optimizers,
     save_trainee,

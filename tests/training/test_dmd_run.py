@@ -1,11 +1,12 @@
 """A whole run on a toy: it learns, it resumes bit for bit, and how the batch is split changes nothing."""
 
 import csv
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_forcing_pack.sparse_attn.training import dmd
+from sparse_forcing_pack.sparse_attn.training import dmd, dmd_run
 from sparse_forcing_pack.sparse_attn.training.checkpoints import newest
 from sparse_forcing_pack.sparse_attn.training.dmd_config import DmdTraining, LongTuning, seed_of
 from sparse_forcing_pack.sparse_attn.training.dmd_prompts import prompt_of
@@ -208,3 +209,44 @@ def test_the_long_window_begins_with_an_image(make_run, tmp_path):
     torch.testing.assert_close(
         image_view[:, :, 0], 100 + window[:, :, 3].mean(1, keepdim=True).expand(-1, 16, -1, -1)
     )
+
+
+def assert_same_run(one, other, atol=2e-4):
+    for name in ("student", "critic", "average"):
+        pairs = zip(getattr(one, name).named_parameters(), getattr(other, name).parameters())
+        for (key, mine), theirs in pairs:
+            torch.testing.assert_close(
+                mine, theirs, atol=atol, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+def test_compiled_blocks_make_the_same_run(make_run, tmp_path, monkeypatch):
+    changes = {"recompute_critic": True, "steps": 2}
+    plain = make_run(tmp_path / "plain", **changes)
+    plain.run()
+    backend = functools.partial(dmd_run.compile_blocks, backend="aot_eager")  # a CPU may lack a compiler
+    monkeypatch.setattr(dmd_run, "compile_blocks", backend)
+    torch._dynamo.reset()
+    compiled = make_run(tmp_path / "compiled", compile=True, **changes)
+    compiled.run()
+    assert_same_run(compiled, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
+
+
+@pytest.mark.parametrize(("cls", "changes"), [(DmdTraining, {"micro_batch": 2}), (LongTuning, LONG)])
+def test_the_fused_student_makes_the_same_run(make_run, tmp_path, monkeypatch, cls, changes):
+    """Passes without gradients may run fused; a CPU does so here, where both are exact but for rounding."""
+    plain = make_run(tmp_path / "plain", cls, **changes)
+    plain.run()
+    monkeypatch.setattr(type(plain), "_fuses", lambda self: True)
+    fused = make_run(tmp_path / "fused", cls, **changes)
+    calls = []
+    run = fused.fused.run
+    fused.fused.run = lambda *args: calls.append(args[1]) or run(*args)
+    fused.run()
+    assert 0.0 in calls and max(calls) == 1, "the rollout's passes and the clean ones"
+    assert_same_run(fused, plain)
+    moved = next(fused.student.parameters()) - next(
+        make_run(tmp_path / "new", cls, **changes).student.parameters()
+    )
+    assert moved.abs().max() > 1e-3, "the student has learned, and its copy followed it"

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.training import world_dit
-from sparse_forcing_pack.sparse_attn.training.common import BatchedMuon, render_with_mask, save_weights
+from sparse_forcing_pack.sparse_attn.training.common import (
+    BatchedMuon,
+    compile_blocks,
+    render_with_mask,
+    save_weights,
+)
 from sparse_forcing_pack.sparse_attn.training.world_dit import (
     DitTraining,
     Trainee,
@@ -211,7 +216,7 @@ def test_compiled_blocks_train_alike():
     plain = gradients()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    world_dit.compile_blocks(model.dit, backend="aot_eager")
+    compile_blocks(model.dit, backend="aot_eager")
     for mine, expected in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
