@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     plan.validate()
     entries = entries_of(args)
+    torch.backends.cudnn.benchmark = True  # a clip's pieces all have the same few shapes
     vae = clips.load_vae(args.vae or WEIGHTS, args.device)
     if args.device == "cuda":
         importlib.import_module(f"{PACK}.sparse_attn.training.common").channels_last(vae)

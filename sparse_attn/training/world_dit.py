@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from ..rollout import upload
 from ..state import StreamState
 from ..vae import WanVAE
 from ..wan import WanModel
-from ..world.scene import PAN_HOLD, to_prompt
+from ..world.scene import Scene, to_prompt
 from ..world.text import PAD, UNKNOWN, WorldTextEncoder, tokenize
 from .common import (
     BatchedMuon,
@@ -115,7 +115,10 @@ class DitTraining:
 
 
 class LatentBank:
-    """Clips of the world as latents on the device: filled by rendering and encoding, then renewed clip by clip."""
+    """Clips of the world as latents on the device: filled by rendering and encoding, then renewed clip by clip.
+
+    scenes: (dice, how many) -> what is rendered.
+    """
 
     def __init__(
         self,
@@ -124,12 +127,9 @@ class LatentBank:
         device: str,
         seed: int,
         frames: int = FRAMES,
-        pans: float = 0.0,
-        longest_hold: int = PAN_HOLD,
-        late: float = 0.0,
+        scenes: Callable[[random.Random, int], list[Scene]] = training_scenes,
     ):
-        self.vae, self.size, self.device, self.frames = vae, size, device, frames
-        self.pans, self.longest_hold, self.late = pans, longest_hold, late
+        self.vae, self.size, self.device, self.frames, self.scenes = vae, size, device, frames, scenes
         self.rng = random.Random(seed)
         # [size, 17, F, h, w] bfloat16, made by the first `add`: the latents, and where sprites are
         self.latents: Tensor | None = None
@@ -144,7 +144,7 @@ class LatentBank:
     @torch.no_grad()
     def add(self, count: int) -> None:
         """Render and encode `count` clips; a full bank loses its oldest."""
-        scenes = training_scenes(self.rng, count, self.pans, self.longest_hold, self.late)
+        scenes = self.scenes(self.rng, count)
         with mixed_precision(self.device):
             video, sprites = render_with_mask(scenes, self.frames, self.device)
             fresh = self.vae.encode_whole(video.contiguous(memory_format=torch.channels_last_3d))
@@ -382,7 +382,7 @@ class Steps:
     ):
         self.model, self.optims, self.cfg, self.device = model, optims, cfg, device
         self.bank, self.openings = bank, openings
-        self.graphs: dict[str | AttentionConfig, GraphedStep] = {}
+        self.graphs: dict[Hashable, GraphedStep] = {}
 
     def clip(self, long: bool) -> Tensor:
         own = long and random.random() < self.cfg.own_share
@@ -394,17 +394,21 @@ class Steps:
         clip, ids, _ = self.openings.draw(self.cfg.first_batch, 1, self.cfg.drop_prompt)
         return self._graphed("opening", opening_step, clip, ids)
 
-    def stream(self, attention: AttentionConfig | None = None) -> Tensor:
-        """On a memory of that kind; without one on the sparse memory, half of the time with rebased positions."""
-        clip, ids, _ = self.bank.draw(self.cfg.stream_batch, self.bank.chunks, self.cfg.drop_prompt)
-        if attention is None:
-            positions = random.choice(POSITIONS)
-            attention = AttentionConfig(topk=self.cfg.topk, positions=positions, backend=self.cfg.backend)
-        return self._graphed(attention, functools.partial(stream_step, attention=attention), clip, ids)
+    def stream(self) -> Tensor:
+        """On the sparse memory, half of the time with rebased positions."""
+        positions = random.choice(POSITIONS)
+        attention = AttentionConfig(topk=self.cfg.topk, positions=positions, backend=self.cfg.backend)
+        return self.stream_on(attention, self.bank, 0, self.bank.chunks, self.cfg.drop_prompt)
 
-    def _graphed(
-        self, key: str | AttentionConfig, gradients: Callable[..., Tensor], clip: Tensor, ids: Tensor
+    def stream_on(
+        self, attention: AttentionConfig, bank: LatentBank, given: int, chunks: int, drop_prompt: float
     ) -> Tensor:
+        """`stream_step` over the first `chunks` chunks of clips from `bank`."""
+        clip, ids, _ = bank.draw(self.cfg.stream_batch, bank.chunks, drop_prompt)
+        step = functools.partial(stream_step, attention=attention, given=given)
+        return self._graphed((attention, given, chunks), step, clip[:, :, : CHUNK * chunks], ids)
+
+    def _graphed(self, key: Hashable, gradients: Callable[..., Tensor], clip: Tensor, ids: Tensor) -> Tensor:
         """A step of gradients(model, clip, ids, cfg=...), replayed as the graph of that key where graphs are used."""
 
         def step(clip: Tensor, ids: Tensor) -> Tensor:
@@ -518,14 +522,15 @@ def clip_step(
 
 
 def stream_step(
-    model: Trainee, clip: Tensor, ids: Tensor, attention: AttentionConfig, cfg: DitTraining
+    model: Trainee, clip: Tensor, ids: Tensor, attention: AttentionConfig, cfg: DitTraining, given: int = 0
 ) -> Tensor:
     """Gradients of whole clips on a memory as at generation. Returns the mean flow loss per sampler step [4],
     unweighted, opening left out.
 
     For about half of the clips a chunk's input is made from the model's estimate of the step before, and for most
     clips the memory is given the model's own chunks. The opening chunk and its memory stay the truth's: an estimate may
-    show another layout.
+    show another layout. The first `given` chunks are the truth's and only written into the memory; what is learned
+    comes after them.
     """
     batch, chunks, device = len(clip), clip.shape[2] // CHUNK, clip.device
     memory = empty_memory(model, clip, attention)
@@ -544,10 +549,19 @@ def stream_step(
         noised = (1 - s) * x0 + s * torch.randn_like(x0)
         return noised - s * flow(noised, sigma)
 
+    def write(context: Tensor) -> None:
+        level = cfg.context_noise * torch.rand(batch, 1, 1, 1, 1, device=device)
+        flow(context + level * torch.randn_like(context), torch.zeros(batch, 1, device=device))
+
     errors, steps = [], []
     for index, part in enumerate(clip.split(CHUNK, dim=2)):
         x0, weight = weighed(part, cfg.sprites)
         memory.begin_chunk(CHUNK)
+        if index < given:
+            with torch.no_grad():
+                write(x0)
+            memory.end_chunk()
+            continue
         sigma, step = draw_sigma(batch, 1, device)
         source = x0
         if index == 0:
@@ -561,12 +575,11 @@ def stream_step(
         noised = (1 - s) * source + s * torch.randn_like(x0)
         out = flow(noised, sigma)
         error = (out - (noised - x0) / s).square()
-        ((weight * error).mean() / chunks).backward()
+        ((weight * error).mean() / (chunks - given)).backward()
         with torch.no_grad():
             own = noised - s * out
             context = x0 if index == 0 else torch.where(per_frame(truthful), x0, own)
-            level = cfg.context_noise * torch.rand(batch, 1, 1, 1, 1, device=device)
-            flow(context + level * torch.randn_like(x0), torch.zeros_like(sigma))
+            write(context)
         memory.end_chunk()
         if index > 0:
             errors.append(error.detach().mean(dim=(1, 2, 3, 4)))
