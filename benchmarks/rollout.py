@@ -15,7 +15,7 @@ of the chunks to the first tenth after the memory has filled.
     sparse      the fast pass with persistent memory: 6 frames in full, 25 % of a window of 6
     sparse@128  the same in blocks of 128 tokens instead of 64
     sparse@128:fp8+router_once    with options of `FastOptions`, joined by +; dense: and window: take fp8
-    sparse:novelty    with blocks kept by novelty; may stand among the options above
+    sparse:novelty, sparse:page_bits8    blocks kept by novelty; finished pages in 8 bits; joined by +, too
     sparse:composable, sparse:eager    without fused kernels; without graphs
 Every mode runs a 5 s video from an empty memory and then goes on in the steady state, both after warm-up streams, for
 20 s and 60 s too where --steady is long enough (72 chunks for 60 s); one steady chunk is profiled with graphs off, and
@@ -268,8 +268,10 @@ class FullSize:
         }[name]
         attention = replace(attention, positions=args.positions)
         extras = {extra for extra in extras.split("+") if extra}
-        if name == "sparse" and "novelty" in extras:
-            attention, extras = replace(attention, keep="novelty"), extras - {"novelty"}
+        if name == "sparse":
+            keep = "novelty" if "novelty" in extras else "attention"
+            attention = replace(attention, keep=keep, page_bits=8 if "page_bits8" in extras else 16)
+            extras -= {"novelty", "page_bits8"}
         plain = {"composable", "eager"} & extras
         options = fast.FastOptions(
             graphs=not (args.no_graphs or plain), **dict.fromkeys(extras - plain, True)

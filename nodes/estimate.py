@@ -265,7 +265,7 @@ def describe(attention: AttentionConfig) -> str:
         return f"mode window, window_frames {attention.window_frames}, sink_frames {attention.sink_frames}"
     return (
         f"mode sparse, window_frames {attention.window_frames}, persistent_frames {attention.persistent_frames}, "
-        f"topk {attention.topk:g}"
+        f"topk {attention.topk:g}, pages in {attention.page_bits} bits"
     )
 
 

@@ -12,6 +12,7 @@ Mode = Literal["dense", "window", "sparse"]
 Positions = Literal["absolute", "rebased"]
 Backend = Literal["auto", "reference", "triton"]
 Keep = Literal["attention", "novelty"]
+PageBits = Literal[16, 8]
 
 PIXELS_PER_TOKEN = 16  # 8 pixels a latent value, 2 latent values a token, in height and in width
 
@@ -29,7 +30,8 @@ class AttentionConfig:
         all of itself: it costs nothing later, and everything later builds on it. `keep` says which blocks stay:
         "attention", those that the latest chunk attends to most, as in the paper; "novelty", those whose values are
         least like those of newer blocks and of the sink, so that the memory holds what cannot be seen any more.
-        `block_tokens` and `backend`, too, belong to this mode.
+        `page_bits` 8: finished pages rest in 8 bits, half of the memory; the open chunk is exact. `block_tokens` and
+        `backend`, too, belong to this mode.
     positions "absolute": keys keep the rotation of their frame index. "rebased": temporal distances stay inside the
         window for any length (see `positions`).
     """
@@ -45,6 +47,7 @@ class AttentionConfig:
     dense_first_chunk: bool = True
     sink_ema: float = 0.0
     keep: Keep = "attention"
+    page_bits: PageBits = 16
 
     def topk_after(self, frames: int) -> float:
         """The share of the window that a chunk with `frames` latent frames of history reads."""
@@ -56,6 +59,7 @@ class AttentionConfig:
         _one_of("positions", self.positions, Positions)
         _one_of("backend", self.backend, Backend)
         _one_of("keep", self.keep, Keep)
+        _one_of("page_bits", self.page_bits, PageBits)
         self._validate_sink_ema()
         _at_least("chunk_frames", chunk_frames, 1)
         if self.mode == "dense":
@@ -182,10 +186,10 @@ def _check_sigmas(name: str, sigmas: tuple[float, ...]) -> None:
             raise ValueError(f"{name} must fall, but {low} follows {high}: sort them from high to low.")
 
 
-def _one_of(name: str, value: str, choices: object) -> None:
+def _one_of(name: str, value: str | int, choices: object) -> None:
     allowed = get_args(choices)
     if value not in allowed:
-        raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}.")
+        raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(map(str, allowed))}.")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

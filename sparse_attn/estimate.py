@@ -159,8 +159,9 @@ def pass_flops(plan: Plan) -> float:
 def fit_budget(plan: Plan, budget: int, need: Callable[[Plan], Need]) -> Plan:
     """The plan with the largest memory, not above its own settings, that needs `budget` bytes or less in all.
 
-    Mode dense gives way to mode sparse with its default settings in whole chunks. Of equally large memories the one
-    with the more equal halves wins, then the longer window. Raises ValueError, with numbers, where nothing fits.
+    Mode dense gives way to mode sparse with its default settings in whole chunks. Mode sparse first keeps its pages in
+    8 bits, then fewer frames; of equally many the more equal halves win, then the longer window. Raises ValueError,
+    with numbers, where nothing fits.
     """
     plan.validate()
     choices = [plan, *(replace(plan, attention=attention) for attention in _smaller(plan))]
@@ -191,6 +192,9 @@ def _smaller(plan: Plan) -> Iterator[AttentionConfig]:
         for frames in range(attention.window_frames - chunk, least - 1, -chunk):
             yield replace(attention, window_frames=frames)
         return
+    if attention.page_bits == 16:
+        attention = replace(attention, page_bits=8)
+        yield attention
     pairs = [
         (window, persistent)
         for window in range(attention.window_frames, 2 * chunk - 1, -chunk)

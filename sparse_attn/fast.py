@@ -396,11 +396,13 @@ class FastPass:
         current, persistent, window = (table[layer] for table in inputs.tables)
         rows = cache.chunk.tokens
         with named_range("element-wise"):
+            pages = cache.pages(layer)
             q_blocks, pooled_q = fused.norm_rope_to_pages(
-                *parts, rows, current, cache.k_pages[layer], cache.v_pages[layer], cache.pooled[layer],
-                backend=self.backend,
-            )  # fmt: skip
-        out, shares = self._attend_pages(layer, cache, q_blocks, pooled_q, persistent, window, kind, kept)
+                *parts, rows, current, *pages, cache.pooled[layer], backend=self.backend
+            )
+            cache.store(layer, current)
+        reading = cache, pages, persistent, window
+        out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept)
         with named_range("element-wise"):
             tokens = fused.blocks_to_tokens(out, rows, memory.batch, q.shape[1], backend=self.backend)
         return tokens, shares
@@ -408,9 +410,10 @@ class FastPass:
     def _attend_pages(
         self,
         layer: int,
-        cache: PagedKV,
         q_blocks: Tensor,
         pooled_q: Tensor,
+        cache: PagedKV,
+        pages: tuple[Tensor, Tensor],
         persistent: Tensor,
         window: Tensor,
         kind: str,
@@ -434,26 +437,28 @@ class FastPass:
                 assert kept is not None
                 kept.lists[layer] = BlockLists(*_keep(kept.lists[layer], lists))
         with named_range("attention"):
-            out, lse = self._pbsa(layer, cache, q_blocks, lists)
+            out, lse = self._pbsa(layer, cache, pages, q_blocks, lists)
             if not apart:
                 return out, shares if kind == EXACT else None
             assert kept is not None
             if kind == FIRST:
                 count = torch.full_like(persistent[:, :1], persistent.shape[1])
                 ascending = persistent.sort(-1).values[:, None]
-                found = self._pbsa(layer, cache, q_blocks, BlockLists(ascending, count))
+                found = self._pbsa(layer, cache, pages, q_blocks, BlockLists(ascending, count))
                 kept.persistent[layer] = _keep(kept.persistent[layer], found)
             over_persistent = kept.persistent[layer]
             assert over_persistent is not None
             return fused.merge_attention(out, lse, *over_persistent, backend=self.backend), None
 
-    def _pbsa(self, layer: int, cache: PagedKV, q_blocks: Tensor, lists: BlockLists) -> tuple[Tensor, Tensor]:
-        pages = cache.k_pages[layer], cache.v_pages[layer], cache.page_len[layer]
+    def _pbsa(
+        self, layer: int, cache: PagedKV, pages: tuple[Tensor, Tensor], q_blocks: Tensor, lists: BlockLists
+    ) -> tuple[Tensor, Tensor]:
         # what lies behind a page's end was written as zeros, here and by `BlockGeometry.pack`
         least = cache.least_tokens
         return pbsa_attention(
-            q_blocks, *pages, lists, padding="finite", least_tokens=least, backend=self.backend
-        )
+            q_blocks, *pages, cache.page_len[layer], lists, padding="finite", least_tokens=least,
+            backend=self.backend,
+        )  # fmt: skip
 
     # CUDA graphs
 
@@ -523,7 +528,8 @@ def new_pool() -> Any:
 def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Result]:
     """Capture `run` as a CUDA graph -> what replays it, and its result, which every replay writes anew."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # "thread_local": another thread may be decoding, whose allocations and copies would else end the capture
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = run()
     return graph.replay, result
 
@@ -569,16 +575,17 @@ def option_error(
     chunks: list[Tensor],
     sigmas: tuple[float, ...],
     cross_kv: CrossKV,
+    exact_memory: Callable[[], StreamState] | None = None,
 ) -> list[float]:
     """How far a stream with `options` is from the exact one: for each chunk, the error of its flows over all passes.
 
     chunks: given latents [B, C, F, H, W], noised the same for both; sigmas are followed by the clean pass at 0, which
-    counts too. -> relative error a chunk, norm of the difference over norm of the exact flow. Waits for the device.
+    counts too. exact_memory: of the exact stream, where the memory itself is to be judged, too. -> relative error a chunk, norm of the difference over norm of the exact flow. Waits for the device.
     """
     exact = replace(options, fp8=False, persistent_in_topk=False, router_once=False, reuse_persistent=False)
     streams = []
-    for chosen in (exact, options):
-        memory = new_memory()
+    for chosen, make in ((exact, exact_memory or new_memory), (options, new_memory)):
+        memory = make()
         streams.append((memory, FastPass(FastModel(model, chosen), memory)))
     errors = []
     for x in chunks:

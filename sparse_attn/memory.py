@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import pool_pages
+from ..kernels.fused import Pages8, pack_pages, unpack_pages
 from .config import AttentionConfig
 from .geometry import BlockGeometry, least_tokens
 from .positions import shift_time
@@ -39,6 +40,8 @@ class PagedKV:
     [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); page_block [L, G, S] int32,
     the block's number in its chunk, for the memory map; pooled [L, G, S, D] float32, mean of the page's keys; table
     [L, G, S] int64, the permutation of slots described above. least_tokens: what every page in use holds at least.
+    With `page_bits` 8 pages are int8, beside `scales`: of keys [L, G, S, D] and values [L, G, S, T], float32; they
+    are unpacked into `scratch`, keys and values [G, S, T, D] of one layer after another.
     S = (persistent_frames + window_frames) / chunk_frames * blocks a chunk.
     """
 
@@ -63,7 +66,15 @@ class PagedKV:
         self.capacity = attention.persistent_frames // chunk_frames * blocks
         table_shape = (layers, groups, self.capacity + self.window_chunks * blocks)
         page_shape = (*table_shape, attention.block_tokens, head_dim)
-        self.k_pages, self.v_pages = (torch.zeros(page_shape, dtype=dtype, device=device) for _ in range(2))
+        eight = attention.page_bits == 8
+        stored = torch.int8 if eight else dtype
+        self.k_pages, self.v_pages = (torch.zeros(page_shape, dtype=stored, device=device) for _ in range(2))
+        self.scales: list[Tensor] = []
+        self.scratch: list[Tensor] = []
+        if eight:
+            sides = (head_dim, attention.block_tokens)
+            self.scales = [torch.zeros(*table_shape, side, device=device) for side in sides]
+            self.scratch = [torch.zeros(page_shape[1:], dtype=dtype, device=device) for _ in range(2)]
         self.pooled = torch.zeros(*table_shape, head_dim, device=device)
         self.page_len, self.page_frame, self.page_block = (
             torch.zeros(table_shape, dtype=torch.int32, device=device) for _ in range(3)
@@ -111,12 +122,34 @@ class PagedKV:
         self.page_block.scatter_(2, self.current, numbers.expand(shape))
         return self.time if self.attention.positions == "rebased" else frame
 
-    def write(self, layer: int, k_blocks: Tensor, v_blocks: Tensor) -> None:
-        """Store the open chunk's blocks [G, NB, T, D] and pool their keys."""
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [G, S, T, D], to read, and to write the open chunk's into. In 8 bits they are a
+        copy, good until another layer's are asked for, and what is written is kept by `store`."""
+        if not self.scales:
+            return self.k_pages[layer], self.v_pages[layer]
+        k, v = self.scratch
+        unpack_pages(self._packed(layer), k, v, backend=self.attention.backend)
+        return k, v
+
+    def store(self, layer: int, slots: Tensor, values: bool = True) -> None:
+        """Keep what was written at `slots` [G, n] of the layer's `pages`; without `values` the keys."""
+        if self.scales:
+            k, v = self.scratch
+            pack_pages(k, v, slots, self._packed(layer), values=values, backend=self.attention.backend)
+
+    def _packed(self, layer: int) -> Pages8:
+        k_scale, v_scale = self.scales
+        return Pages8(self.k_pages[layer], k_scale[layer], self.v_pages[layer], v_scale[layer])
+
+    def write(self, layer: int, k_blocks: Tensor, v_blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the open chunk's blocks [G, NB, T, D] and pool their keys; returns the layer's `pages`."""
         at = (self._groups, self.current[layer])
-        self.k_pages[layer][at] = k_blocks.to(self.k_pages.dtype)
-        self.v_pages[layer][at] = v_blocks.to(self.v_pages.dtype)
+        k_pages, v_pages = self.pages(layer)
+        k_pages[at] = k_blocks.to(k_pages.dtype)
+        v_pages[at] = v_blocks.to(v_pages.dtype)
         self.pooled[layer][at] = pool_pages(k_blocks, self.chunk_lens).float()
+        self.store(layer, self.current[layer])
+        return k_pages, v_pages
 
     def open_part(self, layer: int, pages: Tensor) -> Tensor:
         """The open chunk's blocks [G, NB, T, D] of a layer's pages, or of their gradient [G, S, T, D]."""
@@ -151,7 +184,8 @@ class PagedKV:
     def tensors(self) -> dict[str, Tensor]:
         """The pool and its tables, by name: all that lives on the device between chunks."""
         names = ("k_pages", "v_pages", "pooled", "page_len", "page_frame", "page_block", "table")
-        return {name: getattr(self, name) for name in names}
+        scales = dict(zip(("k_scale", "v_scale"), self.scales))
+        return {name: getattr(self, name) for name in names} | scales
 
     def counters(self) -> dict[str, list[int]]:
         """All that lives on the host between chunks."""
@@ -202,7 +236,8 @@ class PagedKV:
 
         candidates [L, G, C] and newer [L, G, W]: slots, both in the order of time.
         """
-        means = torch.stack([pool_pages(*layer) for layer in zip(self.v_pages, self.page_len)])
+        layers = range(len(self.table))
+        means = torch.stack([pool_pages(self.pages(layer)[1], self.page_len[layer]) for layer in layers])
         slots = torch.cat([candidates, newer], dim=-1)[..., None].expand(-1, -1, -1, means.shape[-1])
         directions = F.normalize(means.gather(2, slots).float(), dim=-1)
         count = candidates.shape[-1]
@@ -217,5 +252,9 @@ class PagedKV:
         stop = self.capacity + sum(chunk.blocks for chunk in self.window)
         for layer, slots in enumerate(self.table[..., self.capacity : stop]):
             at = (self._groups, slots)
-            for keys in (self.k_pages[layer], self.pooled[layer]):  # a layer at a time: the copies stay small
+            for keys in (
+                self.pages(layer)[0],
+                self.pooled[layer],
+            ):  # a layer at a time: the copies stay small
                 keys[at] = shift_time(keys[at], -frames, keys.shape[-1])
+            self.store(layer, slots, values=False)

@@ -174,6 +174,7 @@ def _shell(saved: dict[str, Tensor]) -> StreamState:
             persistent_frames=fact["persistent_frames"],
             block_tokens=fact["block_tokens"],
             positions=get_args(Positions)[fact["positions"]],
+            page_bits=8 if saved["k_pages"].dtype == torch.int8 else 16,
         )
         grid = (fact["grid_height"], fact["grid_width"])
         if fact["chunk_frames"] * grid[0] * grid[1] > saved["table"].shape[-1] * attention.block_tokens:
@@ -186,7 +187,7 @@ def _shell(saved: dict[str, Tensor]) -> StreamState:
             chunk_frames=fact["chunk_frames"],
             attention=attention,
             batch=fact["batch"],
-            dtype=saved["k_pages"].dtype,
+            dtype=saved["k_pages"].dtype,  # of pages in 8 bits nothing is kept in another one
             device="meta",
         )
     except SessionError:

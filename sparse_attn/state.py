@@ -215,7 +215,9 @@ class StreamState:
 
     def _attend_sparse(self, cache: PagedKV, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_blocks, k_blocks, v_blocks = (cache.chunk.pack(x) for x in (q, k, v))
-        cache.write(layer, k_blocks.detach(), v_blocks.detach())
+        if cache.scales and torch.is_grad_enabled() and k.requires_grad:
+            raise ValueError("page_bits 8 is for generating: train with page_bits 16.")
+        pages = cache.write(layer, k_blocks.detach(), v_blocks.detach())
         lists, cache.shares[layer] = choose_blocks(
             pool_pages(q_blocks.detach(), cache.chunk_lens).float(),
             cache.pooled[layer],
@@ -224,9 +226,9 @@ class StreamState:
             self.attention.topk_after(self.frame),
             self.attention.backend,
         )
-        stored = zip((cache.k_pages[layer], cache.v_pages[layer]), (k_blocks, v_blocks))
         k_pages, v_pages = (
-            _differentiable(pages, fresh, partial(cache.open_part, layer)) for pages, fresh in stored
+            _differentiable(stored, fresh, partial(cache.open_part, layer))
+            for stored, fresh in zip(pages, (k_blocks, v_blocks))
         )
         out, _ = pbsa_attention(
             q_blocks,
@@ -244,7 +246,8 @@ class StreamState:
     @property
     def nbytes(self) -> int:
         """Bytes of the memory, the same from the first chunk to the last."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.cache.tensors().values())
+        tensors = [*self.cache.tensors().values(), *getattr(self.cache, "scratch", ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def describe(self) -> dict[str, int | str]:
         """What is remembered now, in numbers for people: no tensor is read, so nothing waits for the device."""

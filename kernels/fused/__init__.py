@@ -6,6 +6,7 @@ numbers mean.
 """
 
 from .api import (
+    Pages8,
     Rows8,
     blocks_to_tokens,
     gated_residual,
@@ -14,11 +15,14 @@ from .api import (
     modulated_norm,
     norm_rope_to_frames,
     norm_rope_to_pages,
+    pack_pages,
     quantise_rows,
     rms_norm,
+    unpack_pages,
 )
 
 __all__ = [
+    "Pages8",
     "Rows8",
     "blocks_to_tokens",
     "gated_residual",
@@ -27,6 +31,8 @@ __all__ = [
     "modulated_norm",
     "norm_rope_to_frames",
     "norm_rope_to_pages",
+    "pack_pages",
     "quantise_rows",
     "rms_norm",
+    "unpack_pages",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checks import expect
 from ..pbsa.constraints import backend_for
 from . import reference
-from .reference import Rows8
+from .reference import Pages8, Rows8
 
 EPS = 1e-6  # Wan's
 
@@ -113,6 +113,37 @@ def blocks_to_tokens(
 
         return triton.blocks_to_tokens(blocks, tokens, batch, count)
     return reference.blocks_to_tokens(blocks, tokens, batch, count)
+
+
+def pack_pages(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    into: Pages8,
+    *,
+    values: bool = True,
+    backend: str = "auto",
+) -> None:
+    """Write the pages [G, S, T, D] at `slots` [G, n] (int32 or int64, distinct within a group) in 8 bits `into` the
+    same places, a scale a channel of a page's keys and a token of its values. Without `values` keys alone.
+    """
+    _check_pages(k_pages, v_pages, into)
+    expect("slots", slots, (k_pages.shape[0], None), k_pages.device)
+    if _backend(backend, "pack_pages", k_pages, k_pages.shape[3], k_pages.shape[2]) == "triton":
+        from . import triton
+
+        return triton.pack_pages(k_pages, v_pages, slots, into, values)
+    return reference.pack_pages(k_pages, v_pages, slots, into, values)
+
+
+def unpack_pages(packed: Pages8, k_pages: Tensor, v_pages: Tensor, *, backend: str = "auto") -> None:
+    """Write all of a layer's pages from 8 bits into k_pages and v_pages [G, S, T, D]."""
+    _check_pages(k_pages, v_pages, packed)
+    if _backend(backend, "unpack_pages", k_pages, k_pages.shape[3], k_pages.shape[2]) == "triton":
+        from . import triton
+
+        return triton.unpack_pages(packed, k_pages, v_pages)
+    return reference.unpack_pages(packed, k_pages, v_pages)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = EPS, backend: str = "auto") -> Tensor:
@@ -238,6 +269,19 @@ def _check_projections(q, k, v, norm_q, norm_k, cos, sin) -> tuple[int, int]:
     for name, x in (("cos", cos), ("sin", sin)):
         expect(name, x, (count, dim // 2), q.device)
     return width // dim, dim
+
+
+def _check_pages(k_pages: Tensor, v_pages: Tensor, packed: Pages8) -> None:
+    shape = tuple(k_pages.shape)
+    expect("k_pages", k_pages, (None, None, None, None), k_pages.device)
+    expect("v_pages", v_pages, shape, k_pages.device, k_pages.dtype)
+    for name, part, wanted in (("k", packed.k, shape), ("v", packed.v, shape)):
+        expect(f"packed {name}", part, wanted, k_pages.device, torch.int8)
+    expect("packed k_scale", packed.k_scale, (*shape[:2], shape[3]), k_pages.device, torch.float32)
+    expect("packed v_scale", packed.v_scale, shape[:3], k_pages.device, torch.float32)
+    for name, part in zip(("k_pages", "v_pages", *packed._fields), (k_pages, v_pages, *packed)):
+        if not part.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: pages lie one behind the other")
 
 
 def _check_rows(x: Tensor, *, y: Tensor | None = None, **per_frame: Tensor | None) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FP8_MAX = 448.0  # largest float8_e4m3fn
+INT8_MAX = 127.0
 SMALLEST = 1e-12  # a row of zeros has a scale too
 
 
@@ -26,6 +27,15 @@ class Rows8(NamedTuple):
 
     rows: Tensor  # [..., C] float8_e4m3fn
     scale: Tensor  # [..., 1] float32
+
+
+class Pages8(NamedTuple):
+    """A layer's pages in 8 bits: k = k * k_scale by channel, v = v * v_scale by token."""
+
+    k: Tensor  # [G, S, T, D] int8
+    k_scale: Tensor  # [G, S, D] float32
+    v: Tensor  # [G, S, T, D] int8
+    v_scale: Tensor  # [G, S, T] float32
 
 
 def norm_rope_to_pages(
@@ -128,6 +138,28 @@ def quantise_rows(x: Tensor, gelu: bool) -> Rows8:
         wide = F.gelu(wide, approximate="tanh")
     scale = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / FP8_MAX
     return Rows8((wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
+
+
+def pack_pages(k_pages: Tensor, v_pages: Tensor, slots: Tensor, into: Pages8, values: bool) -> None:
+    """See `api.pack_pages`."""
+    at = (torch.arange(len(slots), device=slots.device)[:, None], slots.long())
+    k = k_pages[at].float()
+    scale = k.abs().amax(2, keepdim=True).clamp_min(SMALLEST) / INT8_MAX
+    into.k[at], into.k_scale[at] = _in_8_bits(k, scale), scale[:, :, 0]
+    if values:
+        v = v_pages[at].float()
+        scale = v.abs().amax(3, keepdim=True).clamp_min(SMALLEST) / INT8_MAX
+        into.v[at], into.v_scale[at] = _in_8_bits(v, scale), scale[..., 0]
+
+
+def unpack_pages(packed: Pages8, k_pages: Tensor, v_pages: Tensor) -> None:
+    """See `api.unpack_pages`."""
+    k_pages.copy_(packed.k.float() * packed.k_scale[:, :, None])
+    v_pages.copy_(packed.v.float() * packed.v_scale[..., None])
+
+
+def _in_8_bits(x: Tensor, scale: Tensor) -> Tensor:
+    return (x / scale + 0.5).floor().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def _norm_rope(x_BNC: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:

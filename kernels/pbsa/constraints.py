@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class Call:
     """The facts of one call that decide who can serve it; all are host metadata, reading them never syncs."""
 
-    operation: str  # "attention", "route" or "pool_pages"
+    operation: str  # "attention", "route", "pool_pages", or a fused operation
     device: torch.device
     dtype: torch.dtype
     head_dim: int | None = None  # None for the fused operations on whole rows, which have no heads

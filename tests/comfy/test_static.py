@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from sparse_forcing_pack.sparse_attn.config import AttentionConfig, Backend, Keep, Mode, Positions
+from sparse_forcing_pack.sparse_attn.config import AttentionConfig, Backend, Keep, Mode, PageBits, Positions
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -35,6 +35,7 @@ FROZEN = {
             "sink_ema",
             "fast_pass",
             "keep",
+            "page_bits",
         ],
         "outputs": ["MODEL"],
     },
@@ -181,12 +182,13 @@ def test_everything_on_a_node_is_explained(node_id):
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"), [("mode", Mode), ("positions", Positions), ("backend", Backend), ("keep", Keep)]
+    ("name", "choices"),
+    [("mode", Mode), ("positions", Positions), ("backend", Backend), ("keep", Keep), ("page_bits", PageBits)],
 )
 def test_apply_offers_every_choice_that_there_is(name, choices):
     (call,) = [i for i in inputs_of("SparseForcingApply") if input_name(i) == name]
-    assert sorted(ast.literal_eval(keyword(call, "options"))) == sorted(get_args(choices))
-    assert ast.literal_eval(keyword(call, "default")) == getattr(AttentionConfig(), name)
+    assert sorted(ast.literal_eval(keyword(call, "options"))) == sorted(map(str, get_args(choices)))
+    assert ast.literal_eval(keyword(call, "default")) == str(getattr(AttentionConfig(), name))
 
 
 def test_schema_inputs_are_execute_arguments():

@@ -22,8 +22,9 @@ MODES = [
     AttentionConfig(),
     AttentionConfig(positions="rebased"),
     AttentionConfig(keep="novelty"),
+    AttentionConfig(positions="rebased", page_bits=8),
 ]
-IDS = [f"{attention.mode}-{attention.positions}-{attention.keep}" for attention in MODES]
+IDS = [f"{a.mode}-{a.positions}-{a.keep}-{a.page_bits}" for a in MODES]
 
 
 @contextmanager

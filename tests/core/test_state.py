@@ -194,10 +194,11 @@ MODES = [
     AttentionConfig(block_tokens=16, positions="rebased"),
     AttentionConfig(mode="window", positions="rebased", sink_ema=0.1),
     AttentionConfig(block_tokens=16, keep="novelty"),
+    AttentionConfig(block_tokens=16, positions="rebased", page_bits=8),
 ]
 NAMES = [
     f"{attention.mode}-{attention.positions}{'-moving sink' if attention.sink_ema else ''}"
-    f"{'-novelty' if attention.keep == 'novelty' else ''}"
+    f"{'-novelty' if attention.keep == 'novelty' else ''}{'-8 bits' if attention.page_bits == 8 else ''}"
     for attention in MODES
 ]
 

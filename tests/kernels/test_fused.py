@@ -319,3 +319,54 @@ def test_refusals_name_the_value():
 def test_the_reference_stays_in_float64():
     found = reference.rms_norm(torch.ones(1, 1, 4, dtype=torch.float64), torch.ones(4), 0.0)
     assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(16, 64), (32, 96), (64, 128)])
+def test_pages_in_8_bits(precisions, rows, dim):
+    """Half a step of 127 to the largest of a channel (keys) or token (values); other pages stay as they were."""
+    draw = torch.Generator().manual_seed(0)
+    k, v = (exact(torch.randn(2, 5, rows, dim, generator=draw)) for _ in range(2))
+    k[..., 3] *= 40  # keys have channels like that
+    k[:, 2, rows // 2 :] = v[:, 2, rows // 2 :] = 0  # a ragged block
+    k[:, 4] = v[:, 4] = 0
+    slots = torch.tensor([[1, 2, 4], [4, 0, 2]], dtype=torch.int32)
+    for backend, device, dtype in precisions:
+        pages = [x.to(device, dtype) for x in (k, v)]
+        packed = fused.Pages8(
+            torch.full(k.shape, 7, dtype=torch.int8, device=device), torch.ones(2, 5, dim, device=device),
+            torch.full(k.shape, 7, dtype=torch.int8, device=device), torch.ones(2, 5, rows, device=device),
+        )  # fmt: skip
+        expected = fused.Pages8(*(x.cpu().clone() for x in packed))
+        fused.pack_pages(*pages, slots.to(device), packed, backend=backend)
+        fused.pack_pages(*(x.cpu() for x in pages), slots, expected, backend="reference")
+        for found, wanted in zip(packed, expected):
+            assert (found.cpu().float() - wanted.float()).abs().max() <= (
+                1 if found.dtype == torch.int8 else 1e-6 * wanted.abs().max()
+            )
+        back = [torch.empty_like(x) for x in pages]
+        fused.unpack_pages(packed, *back, backend=backend)
+        at = torch.arange(2)[:, None], slots.long()
+        others = torch.ones(2, 5, dtype=torch.bool)
+        others[at] = False
+        for found, truth, axis in zip(back, (k, v), (2, 3)):
+            found = found.cpu().double()
+            step = truth.abs().amax(axis, keepdim=True) / 127
+            slack = 2 * torch.finfo(dtype).eps * truth.abs() + 1e-6
+            assert ((found - truth).abs() - 0.5 * step - slack)[at].max() <= 0
+            assert (found[others] == 7).all()
+        fused.pack_pages(*(2 * x for x in pages), slots.to(device), packed, values=False, backend=backend)
+        again = [torch.empty_like(x) for x in pages]
+        fused.unpack_pages(packed, *again, backend=backend)
+        assert torch.equal(again[1], back[1]), "values were left alone"
+        assert (again[0].cpu()[at].float() - 2 * back[0].cpu()[at].float()).abs().max() < 0.02 * k.abs().max()
+
+
+def test_pages_in_8_bits_are_checked():
+    k = torch.zeros(1, 2, 16, 64)
+    packed = fused.Pages8(k.to(torch.int8), torch.ones(1, 2, 64), k.to(torch.int8), torch.ones(1, 2, 16))
+    with pytest.raises(ValueError, match="packed v_scale must have shape"):
+        fused.unpack_pages(packed._replace(v_scale=torch.ones(1, 2, 8)), k, k)
+    with pytest.raises(ValueError, match="packed k must be torch.int8"):
+        fused.unpack_pages(packed._replace(k=k), k, k)
+    with pytest.raises(ValueError, match="k_pages is not contiguous"):
+        fused.unpack_pages(packed, torch.zeros(1, 2, 64, 16).mT, k)

@@ -10,7 +10,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
 import triton
-from sparse_forcing_pack.kernels.fused.triton import place, rows
+from sparse_forcing_pack.kernels.fused.triton import pages, place, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -18,7 +18,7 @@ if "nvidia" not in triton.backends.backends:
     pytest.skip("this Triton has no NVIDIA compiler", allow_module_level=True)
 
 TARGETS = (80, 90, 100, 120)
-FLOATS = {"unit", "factors", "cos", "sin", "pooled_q", "pooled_k", "lse_a", "lse_b"}
+FLOATS = {"unit", "factors", "cos", "sin", "pooled_q", "pooled_k", "lse_a", "lse_b", "k_scale", "v_scale"}
 INTEGERS = {"tokens", "slots"}
 REALS = {"eps", "largest", "smallest"}
 NUMBERS = re.compile(r"(.*_)?(b|n|h|f|tokens)$|count$|size$|eps$|largest$|smallest$")
@@ -33,6 +33,7 @@ def ptx(kernel, arch: int, constants: dict, warps: int, absent=(), bytes_out=Fal
             signature[name] = "constexpr"
             continue
         pointer = "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"
+        pointer = "i8" if name in ("k8", "v8") else pointer
         if bytes_out:
             pointer = {"out": "fp8e4nv", "normal": "fp8e4nv", "scale": "fp32"}.get(name, pointer)
         number = name not in INTEGERS | FLOATS | {"out_b"} and NUMBERS.fullmatch(name)
@@ -67,11 +68,21 @@ def test_quantise(arch):
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("pages", [True, False])
-def test_place(arch, pages):
+@pytest.mark.parametrize("paged", [True, False])
+def test_place(arch, paged):
     tile = {"ROWS": 64, "D": 128, "ROWS_PAD": 64, "D_PAD": 128}
-    absent = () if pages else ("tokens", "pooled_q", "pooled_k")
-    text = ptx(place._place, arch, tile | {"PAGES": pages}, 4, absent)
+    absent = () if paged else ("tokens", "pooled_q", "pooled_k")
+    text = ptx(place._place, arch, tile | {"PAGES": paged}, 4, absent)
     assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.v4\.b32", text)
     text = ptx(place._to_tokens, arch, tile, 4)
+    assert re.search(r"st\.global\S*\.v4\.b32", text)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("rows_of_page", [64, 128])
+def test_pages(arch, rows_of_page):
+    tile = {"ROWS": rows_of_page, "D": 128, "ROWS_PAD": rows_of_page, "D_PAD": 128}
+    text = ptx(pages._pack, arch, tile | {"VALUES": True}, 4)
+    assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.(b64|v\d\.b32)", text)
+    text = ptx(pages._unpack, arch, tile, 4)
     assert re.search(r"st\.global\S*\.v4\.b32", text)

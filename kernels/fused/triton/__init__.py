@@ -1,5 +1,6 @@
 """The fused operations in Triton. Importing this package imports Triton, so only `api` does it."""
 
+from .pages import pack_pages, unpack_pages
 from .place import blocks_to_tokens, norm_rope_to_frames, norm_rope_to_pages
 from .rows import merge_attention, quantise_rows, residual_norm, rms_norm
 
@@ -8,7 +9,9 @@ __all__ = [
     "merge_attention",
     "norm_rope_to_frames",
     "norm_rope_to_pages",
+    "pack_pages",
     "quantise_rows",
     "residual_norm",
     "rms_norm",
+    "unpack_pages",
 ]
