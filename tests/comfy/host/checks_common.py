@@ -23,6 +23,7 @@ MODES = {
     "window, moving sink": {"mode": "window", "window_frames": 6, "sink_frames": 3, "sink_ema": 0.5},
     "sparse": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3},
     "sparse, rebased": {"mode": "sparse", "block_tokens": 16, "persistent_frames": 3, "positions": "rebased"},
+    "sparse, novelty": {"mode": "sparse", "block_tokens": 16, "keep": "novelty"},
 }
 
 

@@ -88,6 +88,16 @@ def check_modes_equal_the_pack_without_a_host():
         assert (got - dense).abs().max() > 1e-3, f"{name} attended to everything"
 
 
+def check_pages_in_8_bits_are_near_16():
+    model, x = tiny_model(), noise(15)
+    exact, near = (
+        sample(apply(model, **MODES["sparse"], page_bits=bits), our_sampler(3), x) for bits in (16, 8)
+    )
+    assert torch.equal(near[:, :, :3], exact[:, :, :3]), "the first chunk reads nothing finished"
+    close(near, exact, 0.02)
+    assert not torch.equal(near, exact)
+
+
 def check_cfg_keeps_two_caches_of_a_batch():
     model, x = tiny_model(), noise(9, batch=2)
     for mode in ("sparse", "window", "dense"):
