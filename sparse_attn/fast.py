@@ -580,7 +580,8 @@ def option_error(
     """How far a stream with `options` is from the exact one: for each chunk, the error of its flows over all passes.
 
     chunks: given latents [B, C, F, H, W], noised the same for both; sigmas are followed by the clean pass at 0, which
-    counts too. exact_memory: of the exact stream, where the memory itself is to be judged, too. -> relative error a chunk, norm of the difference over norm of the exact flow. Waits for the device.
+    counts too. exact_memory: of the exact stream, where the memory itself is to be judged, too. -> relative error a
+    chunk, norm of the difference over norm of the exact flow. Waits for the device.
     """
     exact = replace(options, fp8=False, persistent_in_topk=False, router_once=False, reuse_persistent=False)
     streams = []

@@ -7,7 +7,7 @@ Every layer and every group (one head of one batch item) owns S page slots and a
 A chunk writes its blocks into free slots. When it is finished and the window is full, the oldest chunk E leaves:
 P = TopC(P u E; importance), and the slots of what was dropped become free. TopC always fills up, so all counts are
 known on the host; which blocks win is known to the device alone, where the table is rewritten. No page is copied, the
-host never waits, and nothing but tables is allocated. Entries of P and of the window keep the order of time.
+host never waits, and little but tables is allocated. Entries of P and of the window keep the order of time.
 With `keep` "novelty", what a block shows that no newer one does takes the place of importance.
 """
 
@@ -236,15 +236,16 @@ class PagedKV:
 
         candidates [L, G, C] and newer [L, G, W]: slots, both in the order of time.
         """
-        layers = range(len(self.table))
-        means = torch.stack([pool_pages(self.pages(layer)[1], self.page_len[layer]) for layer in layers])
-        slots = torch.cat([candidates, newer], dim=-1)[..., None].expand(-1, -1, -1, means.shape[-1])
-        directions = F.normalize(means.gather(2, slots).float(), dim=-1)
-        count = candidates.shape[-1]
-        likeness = directions[:, :, :count] @ directions.mT
-        place = torch.arange(slots.shape[2], device=self._device)
+        slots, count = torch.cat([candidates, newer], dim=-1), candidates.shape[-1]
+        place = torch.arange(slots.shape[-1], device=self._device)
         compared = (place > place[:count, None]) | (place < self.pinned)
-        return 1 - likeness.masked_fill(~compared, -1).amax(dim=-1)
+        scores = []
+        for layer, used in enumerate(slots):  # one at a time: what lies in between stays small
+            means = pool_pages(self.pages(layer)[1], self.page_len[layer])[self._groups, used]
+            directions = F.normalize(means.float(), dim=-1)
+            likeness = directions[:, :count] @ directions.mT
+            scores.append(1 - likeness.masked_fill(~compared, -1).amax(dim=-1))
+        return torch.stack(scores)
 
     def _turn_back(self, frames: int) -> None:
         """Turn the keys of the whole window, E included, back by `frames`: E then lies just before the window."""
@@ -252,9 +253,7 @@ class PagedKV:
         stop = self.capacity + sum(chunk.blocks for chunk in self.window)
         for layer, slots in enumerate(self.table[..., self.capacity : stop]):
             at = (self._groups, slots)
-            for keys in (
-                self.pages(layer)[0],
-                self.pooled[layer],
-            ):  # a layer at a time: the copies stay small
+            # a layer at a time, so that the copies stay small
+            for keys in (self.pages(layer)[0], self.pooled[layer]):
                 keys[at] = shift_time(keys[at], -frames, keys.shape[-1])
             self.store(layer, slots, values=False)
