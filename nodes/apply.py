@@ -173,6 +173,17 @@ class SparseForcingApply(io.ComfyNode):
                         "a percent of error; try it where the graphics card is too small."
                     ),
                 ),
+                io.Combo.Input(
+                    "router",
+                    optional=True,
+                    options=["mean", "quarters"],
+                    default="mean",
+                    advanced=True,
+                    tooltip=(
+                        "Mode sparse: what the window's blocks are chosen by. mean: one vector a block, as in the "
+                        "paper. quarters: four, which finds more of what the model wants to see, for some time."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(

@@ -21,6 +21,7 @@ from .config import (
     Mode,
     PageBits,
     Positions,
+    Router,
     SamplerConfig,
     check_size,
     pixel_frames,
@@ -116,6 +117,8 @@ def add_attention_options(make: argparse.ArgumentParser) -> None:
         default=base.dense_first_chunk,
         help="whether the opening chunk reads all of itself",
     )
+    help_text = "what blocks are chosen by: mean as in the paper, or quarters, which finds more for more work"
+    add("--router", choices=get_args(Router), default=base.router, help=help_text)
     help_text = "of finished blocks: 8 halves the memory of past frames, at half a percent of error"
     add("--page-bits", type=int, choices=get_args(PageBits), default=base.page_bits, help=help_text)
     help_text = "which old blocks stay: those attended to most, or those least like what is newer"
@@ -197,6 +200,7 @@ def configs(arguments: argparse.Namespace) -> tuple[AttentionConfig, SamplerConf
         dense_first_chunk=arguments.dense_first_chunk,
         keep=arguments.keep,
         page_bits=arguments.page_bits,
+        router=arguments.router,
         positions=arguments.positions,
         backend=arguments.backend,
     )

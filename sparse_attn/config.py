@@ -13,7 +13,9 @@ Positions = Literal["absolute", "rebased"]
 Backend = Literal["auto", "reference", "triton"]
 Keep = Literal["attention", "novelty"]
 PageBits = Literal[16, 8]
+Router = Literal["mean", "quarters"]
 
+QUARTERS = 4  # parts of a block that the router may tell apart
 PIXELS_PER_TOKEN = 16  # 8 pixels a latent value, 2 latent values a token, in height and in width
 
 
@@ -30,8 +32,10 @@ class AttentionConfig:
         all of itself: it costs nothing later, and everything later builds on it. `keep` says which blocks stay:
         "attention", those that the latest chunk attends to most, as in the paper; "novelty", those whose values are
         least like those of newer blocks and of the sink, so that the memory holds what cannot be seen any more.
-        `page_bits` 8: finished pages rest in 8 bits, half of the memory; the open chunk is exact. `block_tokens` and
-        `backend`, too, belong to this mode.
+        `router` says by what blocks are chosen: "mean", one mean key and one mean query a block, as in the paper;
+        "quarters", those of each quarter of a block, which finds more of the attention for more work. `page_bits` 8:
+        finished pages rest in 8 bits, half of the memory; the open chunk is exact. `block_tokens` and `backend`, too,
+        belong to this mode.
     positions "absolute": keys keep the rotation of their frame index. "rebased": temporal distances stay inside the
         window for any length (see `positions`).
     """
@@ -48,6 +52,7 @@ class AttentionConfig:
     sink_ema: float = 0.0
     keep: Keep = "attention"
     page_bits: PageBits = 16
+    router: Router = "mean"
 
     def topk_after(self, frames: int) -> float:
         """The share of the window that a chunk with `frames` latent frames of history reads."""
@@ -60,6 +65,7 @@ class AttentionConfig:
         _one_of("backend", self.backend, Backend)
         _one_of("keep", self.keep, Keep)
         _one_of("page_bits", self.page_bits, PageBits)
+        _one_of("router", self.router, Router)
         self._validate_sink_ema()
         _at_least("chunk_frames", chunk_frames, 1)
         if self.mode == "dense":
@@ -110,6 +116,10 @@ class AttentionConfig:
                 f"topk {self.topk} is not a share of the window: use more than 0 and at most 1 (0.25 reads a quarter)."
             )
         _at_least("block_tokens", self.block_tokens, 1)
+        if self.router == "quarters" and self.block_tokens % QUARTERS:
+            raise ValueError(
+                f"block_tokens {self.block_tokens} have no quarters: use a multiple of {QUARTERS}, or router 'mean'."
+            )
 
 
 def shifted_sigmas(steps: int, shift: float = 5.0) -> tuple[float, ...]:

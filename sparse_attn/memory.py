@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..kernels import pool_pages
 from ..kernels.fused import Pages8, pack_pages, unpack_pages
-from .config import AttentionConfig
+from .config import QUARTERS, AttentionConfig
 from .geometry import BlockGeometry, least_tokens
 from .positions import shift_time
 
@@ -38,7 +38,8 @@ class PagedKV:
 
     k_pages, v_pages [L, G, S, T, D]; page_len [L, G, S] int32, valid tokens at the front of a page; page_frame
     [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); page_block [L, G, S] int32,
-    the block's number in its chunk, for the memory map; pooled [L, G, S, D] float32, mean of the page's keys; table
+    the block's number in its chunk, for the memory map; pooled [L, G, S, D] float32, mean of the page's keys (with
+    `router` "quarters" [L, G, S, 4, D]); table
     [L, G, S] int64, the permutation of slots described above. least_tokens: what every page in use holds at least.
     With `page_bits` 8 pages are int8, beside `scales`: of keys [L, G, S, D] and values [L, G, S, T], float32; they
     are unpacked into `scratch`, keys and values [G, S, T, D] of one layer after another.
@@ -75,7 +76,9 @@ class PagedKV:
             sides = (head_dim, attention.block_tokens)
             self.scales = [torch.zeros(*table_shape, side, device=device) for side in sides]
             self.scratch = [torch.zeros(page_shape[1:], dtype=dtype, device=device) for _ in range(2)]
-        self.pooled = torch.zeros(*table_shape, head_dim, device=device)
+        self.parts = QUARTERS if attention.router == "quarters" else 0
+        seen = (*table_shape, self.parts, head_dim) if self.parts else (*table_shape, head_dim)
+        self.pooled = torch.zeros(seen, device=device)
         self.page_len, self.page_frame, self.page_block = (
             torch.zeros(table_shape, dtype=torch.int32, device=device) for _ in range(3)
         )
@@ -147,9 +150,33 @@ class PagedKV:
         k_pages, v_pages = self.pages(layer)
         k_pages[at] = k_blocks.to(k_pages.dtype)
         v_pages[at] = v_blocks.to(v_pages.dtype)
-        self.pooled[layer][at] = pool_pages(k_blocks, self.chunk_lens).float()
+        self.pooled[layer][at] = self.pool(k_blocks, self.chunk_lens)
         self.store(layer, self.current[layer])
         return k_pages, v_pages
+
+    def pool(self, blocks: Tensor, lens: Tensor) -> Tensor:
+        """What the router sees of blocks [G, n, T, D] with `lens` [G, n] valid tokens: their mean [G, n, D] float32, or
+        with `router` "quarters" those of their quarters [G, n, 4, D]."""
+        if not self.parts:
+            return pool_pages(blocks, lens).float()
+        rows = blocks.unflatten(2, (self.parts, -1)).flatten(1, 2)
+        return pool_pages(rows, self.part_lens(lens).flatten(1)).float().unflatten(1, (-1, self.parts))
+
+    def pool_written(self, layer: int, slots: Tensor, k_pages: Tensor, q_blocks: Tensor) -> Tensor:
+        """Pool the keys that the open chunk wrote at `slots` of k_pages, and its queries, which are returned."""
+        at = (self._groups, slots)
+        self.pooled[layer][at] = self.pool(k_pages[at], self.chunk_lens)
+        return self.pool(q_blocks, self.chunk_lens)
+
+    def part_lens(self, lens: Tensor) -> Tensor:
+        """Valid tokens in each part of blocks with `lens` [G, n] of them: [G, n, 4] int32."""
+        rows = self.attention.block_tokens // self.parts
+        before = torch.arange(0, self.parts * rows, rows, dtype=torch.int32, device=lens.device)
+        return (lens[..., None] - before).clamp(0, rows)
+
+    def routed_parts(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """`parts` of the router: of the open chunk's blocks, and of a layer's pages."""
+        return (self.part_lens(self.chunk_lens), self.part_lens(self.page_len[layer])) if self.parts else None
 
     def open_part(self, layer: int, pages: Tensor) -> Tensor:
         """The open chunk's blocks [G, NB, T, D] of a layer's pages, or of their gradient [G, S, T, D]."""

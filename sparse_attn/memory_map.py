@@ -175,6 +175,7 @@ def _shell(saved: dict[str, Tensor]) -> StreamState:
             block_tokens=fact["block_tokens"],
             positions=get_args(Positions)[fact["positions"]],
             page_bits=8 if saved["k_pages"].dtype == torch.int8 else 16,
+            router="quarters" if saved["pooled"].dim() == 5 else "mean",
         )
         grid = (fact["grid_height"], fact["grid_width"])
         if fact["chunk_frames"] * grid[0] * grid[1] > saved["table"].shape[-1] * attention.block_tokens:

@@ -3,13 +3,15 @@
 Persistent pages are read by everybody. Of the window, the current chunk included, each query block reads the share
 `topk` with the best pooled scores, per layer and head. The softmax of the same scores says what each block gives every
 page; summed over the blocks it is the pages' importance, by which the memory later decides what to keep (arXiv
-2604.21221, local selection and memory update). The scoring itself is `kernels.route`.
+2604.21221, local selection and memory update). The scoring itself is `kernels.route`; that of
+blocks in parts is here.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..kernels import BlockLists, route
@@ -21,12 +23,40 @@ def kept_blocks(topk: float, blocks: int) -> int:
 
 
 def choose_blocks(
-    pooled_q: Tensor, pooled_k: Tensor, persistent: Tensor, window: Tensor, topk: float, backend: str
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    persistent: Tensor,
+    window: Tensor,
+    topk: float,
+    backend: str,
+    parts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[BlockLists, Tensor]:
     """Lists of one layer for the current chunk, and what its query blocks give each page.
 
     pooled_q [G, NQ, D] and pooled_k [G, S, D] float32, the latter by page slot; persistent [G, NP] and window [G, NW]
     int32 slots, the current chunk last. -> lists of NP + kept_blocks(topk, NW) pages a query block, shares
     [G, NQ, NP + NW] float32, each query block's softmax over persistent, then window.
+    With `parts`, the valid tokens in each part of the query blocks [G, NQ, R] and of the pages [G, S, R], vectors are
+    [G, NQ, R, D] and [G, S, R, D]: every part of the queries has a softmax over all parts of the keys.
     """
-    return route(pooled_q, pooled_k, persistent, window, kept_blocks(topk, window.shape[1]), backend=backend)
+    kept = kept_blocks(topk, window.shape[1])
+    if parts is None:
+        return route(pooled_q, pooled_k, persistent, window, kept, backend=backend)
+    slots = torch.cat([persistent, window], dim=1).long()
+    groups = torch.arange(len(slots), device=slots.device)[:, None]
+    q_parts, k_parts = (x.float() for x in (parts[0], parts[1][groups, slots]))
+    keys = pooled_k[groups, slots].flatten(1, 2)  # [G, M * R, D]
+    scores = pooled_q.flatten(1, 2) @ keys.mT / math.sqrt(keys.shape[-1])  # [G, NQ * R, M * R]
+    scores = (scores + k_parts.log().flatten(1)[:, None]).unflatten(
+        2, k_parts.shape[1:]
+    )  # a part without tokens: -inf
+    shares = scores.logsumexp(-1).softmax(-1).unflatten(1, q_parts.shape[1:])  # [G, NQ, R, M]
+    shares = (shares * q_parts[..., None]).sum(2) / q_parts.sum(-1)[..., None]
+    fixed = persistent.shape[1]
+    best = shares[..., fixed:].topk(kept).indices + fixed
+    always = torch.arange(fixed, device=slots.device).expand(*best.shape[:2], -1)
+    listed = slots[:, None].expand(-1, best.shape[1], -1).gather(2, torch.cat([always, best], dim=2))
+    idx = listed.sort(-1).values.to(torch.int32)
+    return BlockLists(
+        idx, torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device)
+    ), shares

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import pbsa_attention, pool_pages
+from ..kernels import pbsa_attention
 from .config import AttentionConfig, Mode, Positions
 from .frame_cache import FrameCache
 from .memory import PagedKV
@@ -219,12 +219,13 @@ class StreamState:
             raise ValueError("page_bits 8 is for generating: train with page_bits 16.")
         pages = cache.write(layer, k_blocks.detach(), v_blocks.detach())
         lists, cache.shares[layer] = choose_blocks(
-            pool_pages(q_blocks.detach(), cache.chunk_lens).float(),
+            cache.pool(q_blocks.detach(), cache.chunk_lens),
             cache.pooled[layer],
             cache.persistent_slots[layer],
             cache.window_slots[layer],
             self.attention.topk_after(self.frame),
             self.attention.backend,
+            cache.routed_parts(layer),
         )
         k_pages, v_pages = (
             _differentiable(stored, fresh, partial(cache.open_part, layer))

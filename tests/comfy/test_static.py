@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from sparse_forcing_pack.sparse_attn.config import AttentionConfig, Backend, Keep, Mode, PageBits, Positions
+from sparse_forcing_pack.sparse_attn.config import (
+    AttentionConfig,
+    Backend,
+    Keep,
+    Mode,
+    PageBits,
+    Positions,
+    Router,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -36,6 +44,7 @@ FROZEN = {
             "fast_pass",
             "keep",
             "page_bits",
+            "router",
         ],
         "outputs": ["MODEL"],
     },
@@ -183,7 +192,14 @@ def test_everything_on_a_node_is_explained(node_id):
 
 @pytest.mark.parametrize(
     ("name", "choices"),
-    [("mode", Mode), ("positions", Positions), ("backend", Backend), ("keep", Keep), ("page_bits", PageBits)],
+    [
+        ("mode", Mode),
+        ("positions", Positions),
+        ("backend", Backend),
+        ("keep", Keep),
+        ("page_bits", PageBits),
+        ("router", Router),
+    ],
 )
 def test_apply_offers_every_choice_that_there_is(name, choices):
     (call,) = [i for i in inputs_of("SparseForcingApply") if input_name(i) == name]

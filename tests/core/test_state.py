@@ -195,10 +195,12 @@ MODES = [
     AttentionConfig(mode="window", positions="rebased", sink_ema=0.1),
     AttentionConfig(block_tokens=16, keep="novelty"),
     AttentionConfig(block_tokens=16, positions="rebased", page_bits=8),
+    AttentionConfig(block_tokens=16, positions="rebased", router="quarters"),
 ]
 NAMES = [
     f"{attention.mode}-{attention.positions}{'-moving sink' if attention.sink_ema else ''}"
     f"{'-novelty' if attention.keep == 'novelty' else ''}{'-8 bits' if attention.page_bits == 8 else ''}"
+    f"{'-quarters' if attention.router == 'quarters' else ''}"
     for attention in MODES
 ]
 

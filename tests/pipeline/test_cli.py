@@ -176,14 +176,15 @@ def test_the_options_reach_the_request(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "write_video", lambda pipeline, request, out, sheet: seen.append(request) or 0)
     options = (
         "--mode window --window 9 --sink 2 --persistent 3 --topk 0.5 --positions rebased --backend reference "
-        "--no-dense-first-chunk --keep novelty --page-bits 8"
+        "--no-dense-first-chunk --keep novelty --page-bits 8 --router quarters"
     )
     assert run(*SMALL, *options.split(), "--chunk", "3", "--seed", "9", "--frames", "21") == 0
     (request,) = seen
     attention = request.attention
     assert (attention.mode, attention.window_frames, attention.sink_frames) == ("window", 9, 2)
     assert (attention.persistent_frames, attention.topk, attention.positions) == (3, 0.5, "rebased")
-    assert (attention.dense_first_chunk, attention.keep, attention.page_bits) == (False, "novelty", 8)
+    assert (attention.dense_first_chunk, attention.keep) == (False, "novelty")
+    assert (attention.page_bits, attention.router) == (8, "quarters")
     assert (attention.backend, request.seed, request.latent_frames) == ("reference", 9, 6)
     assert (request.width, request.height, request.prompt) == (64, 48, SMALL[2])
 
