@@ -15,7 +15,7 @@ of the chunks to the first tenth after the memory has filled.
     sparse      the fast pass with persistent memory: 6 frames in full, 25 % of a window of 6
     sparse@128  the same in blocks of 128 tokens instead of 64
     sparse@128:fp8+router_once    with options of `FastOptions`, joined by +; dense: and window: take fp8
-    sparse:novelty, sparse:page_bits8    blocks kept by novelty; finished pages in 8 bits; joined by +, too
+    sparse:novelty+page_bits8+quarters    blocks kept by novelty, finished pages in 8 bits, chosen by their quarters
     sparse:composable, sparse:eager    without fused kernels; without graphs
 Every mode runs a 5 s video from an empty memory and then goes on in the steady state, both after warm-up streams, for
 20 s and 60 s too where --steady is long enough (72 chunks for 60 s); one steady chunk is profiled with graphs off, and
@@ -37,8 +37,7 @@ import time
 import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import pairwise
@@ -53,7 +52,7 @@ from torch import Tensor
 PACK = load_pack().__name__
 core = {
     name: import_module(f"{PACK}.sparse_attn.{name}")
-    for name in ("config", "fast", "pipeline", "rollout", "state", "tiny_vae", "vae", "wan")
+    for name in ("beside", "config", "fast", "pipeline", "rollout", "state", "tiny_vae", "vae", "wan")
 }
 AttentionConfig, SamplerConfig = core["config"].AttentionConfig, core["config"].SamplerConfig
 fast, stream, wan = core["fast"], core["rollout"].stream, core["wan"]
@@ -270,8 +269,9 @@ class FullSize:
         extras = {extra for extra in extras.split("+") if extra}
         if name == "sparse":
             keep = "novelty" if "novelty" in extras else "attention"
-            attention = replace(attention, keep=keep, page_bits=8 if "page_bits8" in extras else 16)
-            extras -= {"novelty", "page_bits8"}
+            bits, router = 8 if "page_bits8" in extras else 16, "quarters" if "quarters" in extras else "mean"
+            attention = replace(attention, keep=keep, page_bits=bits, router=router)
+            extras -= {"novelty", "page_bits8", "quarters"}
         plain = {"composable", "eager"} & extras
         options = fast.FastOptions(
             graphs=not (args.no_graphs or plain), **dict.fromkeys(extras - plain, True)
@@ -388,30 +388,25 @@ class FullSize:
         return (time.perf_counter() - began) * 1000
 
     def streamed(self, mode: str) -> dict:
-        """Frames on the host while the next chunk is made: a thread with a CUDA stream of its own decodes."""
-        size, cuda = self.size, self.device.type == "cuda"
+        """Frames on the host while the next chunk is made, as the product decodes: beside it."""
+        size = self.size
         run, memory, _ = self.build(mode)
         fill = 21 // size.chunk + 2
         for _ in range(2):  # compiles and captures
             self.roll(run, memory, fill)
-        aside = torch.cuda.Stream() if cuda else None
         self.decoder.reset()
 
-        def decode_aside(latent: Tensor, ready) -> float:
-            with torch.cuda.stream(aside) if aside is not None else nullcontext():
-                if ready is not None:
-                    aside.wait_event(ready)
-                self.decode(latent)
+        def decode(latent: Tensor) -> float:
+            self.decode(latent)
             return time.perf_counter()
 
-        shown, began, waiting = [], time.perf_counter(), None
-        with ThreadPoolExecutor(1) as thread:
+        shown, began = [], time.perf_counter()
+        with core["beside"].Beside(self.device) as beside:
             for chunk in self.chunks(run, memory, fill + self.steady):
-                if waiting is not None:
-                    shown.append(waiting.result())  # never more than one chunk behind
-                ready = torch.cuda.current_stream().record_event() if cuda else None
-                waiting = thread.submit(decode_aside, chunk.latent.to(self.device, self.dtype), ready)
-            shown.append(waiting.result())
+                if len(beside):
+                    shown.append(beside.take())  # never more than one chunk behind
+                beside.put(decode, chunk.latent.to(self.device, self.dtype))
+            shown.append(beside.take())
         steady = [1000 * (b - a) for a, b in pairwise(shown[fill - 1 :])]
         p50 = statistics.median(steady)
         return {

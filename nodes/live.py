@@ -48,6 +48,7 @@ class LiveRun:
     `memory` gives the stream whose memory is shown, or None. Pictures and the map of that memory are made, and
     everything is sent, by a thread of its own: 12 frames of 832 x 480 take a CPU up to 0.2 s, the map of Wan 1.3B 3 ms.
     Requests are left by the server's thread and read by the sampling thread, each in one step, so there is no lock.
+    Chunks are shown by whoever decodes them, one thread at a time.
     """
 
     def __init__(self, prompt_id: str, node_id: str, client_id: str | None, server: Any):
@@ -85,8 +86,8 @@ class LiveRun:
         """Whether the page made this run another one than its inputs say."""
         return self.stopping or self._typed
 
-    def show_chunk(self, frames: np.ndarray, **facts: Any) -> None:
-        """Send a chunk's frames [n, H, W, 3] uint8, smaller and fewer, and its numbers.
+    def show_chunk(self, frames: np.ndarray, kept: KeptBlocks | None = None, **facts: Any) -> None:
+        """Send a chunk's frames [n, H, W, 3] uint8, smaller and fewer, what the memory kept, and its numbers.
 
         facts: `done` and `total` chunks, `cache_bytes`, and what else the page or another client wants to know.
         """
@@ -99,7 +100,7 @@ class LiveRun:
         self._send(
             "chunk",
             frames,
-            self._attempt("memory map", self._copy_memory, None),
+            kept,
             first_frame=first,
             frame_count=len(frames),
             seconds=round(seconds, 3),
@@ -109,6 +110,15 @@ class LiveRun:
             **self.facts,
             **facts,
         )
+
+    def copy_memory(self) -> KeptBlocks | None:
+        """What the memory holds now, for `show_chunk`; None without a page or a map. On the sampling thread."""
+
+        def tables() -> KeptBlocks | None:
+            state = None if self.client_id is None else self.memory()
+            return None if state is None else copy_tables(state)
+
+        return self._attempt("memory map", tables, None)
 
     @property
     def has_player(self) -> bool:
@@ -165,10 +175,6 @@ class LiveRun:
             self._off.add(part)
             logger.warning("The live %s failed and is off for this run.", part, exc_info=True)
             return otherwise
-
-    def _copy_memory(self) -> KeptBlocks | None:
-        state = None if self.client_id is None else self.memory()
-        return None if state is None else copy_tables(state)
 
     def _summary(self, kept: KeptBlocks | None) -> dict[str, Any] | None:
         return None if kept is None or self._lags() else summarise(kept)

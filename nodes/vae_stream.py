@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.ldm.wan.vae
+import comfy.model_management
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sparse_attn.session import check_decoder
 from ..sparse_attn.tiny_vae import SURPLUS, run_as_stream
+from .fast_pass import SPARE_BYTES, host_weights
 from .host import tiny_vae
 
 LATENT_CHANNELS = 16
 WAITING = "waiting"
+PARTS = ("conv2", "decoder")  # of a VAE's network, those that decode; a tiny one has no conv2
 MARK = "Rep"  # the host's, in its cache: an upsampler that has seen the first frame
 
 
@@ -30,10 +35,12 @@ def require_wan_vae(vae: Any) -> None:
         )
 
 
-def stream_decoder(vae: Any) -> StreamDecoder | TinyStreamDecoder:
-    """What decodes a stream with this VAE; ValueError as `require_wan_vae`."""
+def stream_decoder(vae: Any, weights: dict[str, Tensor] | None = None) -> StreamDecoder | TinyStreamDecoder:
+    """What decodes a stream with this VAE, or with `own_weights` of it; ValueError as `require_wan_vae`."""
     require_wan_vae(vae)
-    return TinyStreamDecoder(vae) if is_tiny(vae) else StreamDecoder(vae)
+    decoder = TinyStreamDecoder(vae) if is_tiny(vae) else StreamDecoder(vae)
+    decoder.weights = weights
+    return decoder
 
 
 def is_tiny(vae: Any) -> bool:
@@ -41,11 +48,70 @@ def is_tiny(vae: Any) -> bool:
     return not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE)
 
 
+# --- decoding beside other work -------------------------------------------------------------------------------------
+# The host fetches weights that it keeps off the device while a network runs, and has ways of that for one thread. So
+# one that decodes in a second thread gets weights that are ready, which the host's own may leave meanwhile.
+
+
+def why_not_beside(vae: Any, network: nn.Module, device: torch.device) -> str | None:
+    """Why this VAE cannot decode while `network` runs on `device`, or None."""
+    if any(type(p.data) is not Tensor for part in _parts(vae).values() for p in part.parameters()):
+        return "the VAE has quantised weights"
+    missing = missing_bytes(network, device)
+    missing += sum(missing_bytes(part, vae.device) for part in _parts(vae).values())
+    if missing and missing + SPARE_BYTES > comfy.model_management.get_free_memory(device):
+        return f"{missing / 1e9:.1f} GB of the model and the VAE are not on {device}, and there is no room for them"
+    return None
+
+
+def missing_bytes(network: nn.Module, device: torch.device) -> int:
+    """Of the weights that lie elsewhere."""
+    return sum(p.numel() * p.element_size() for p in network.parameters() if p.device.type != device.type)
+
+
+def own_weights(vae: Any) -> dict[str, Tensor]:
+    """What decoding reads of the VAE's weights, ready where it computes; shared with the host's where those are so."""
+    like = torch.empty(0, device=vae.device, dtype=vae.vae_dtype)
+    return {
+        f"{part}.{name}": weight
+        for part, network in _parts(vae).items()
+        for name, weight in host_weights(network, like).items()
+    }
+
+
+def _parts(vae: Any) -> dict[str, nn.Module]:
+    network = vae.first_stage_model
+    return {part: getattr(network, part) for part in PARTS if hasattr(network, part)}
+
+
+@contextmanager
+def _computing_with(weights: dict[str, Tensor] | None, network: nn.Module) -> Iterator[None]:
+    """Inside, `network` has these weights, by their names, in place of its own."""
+    if weights is None:
+        yield
+        return
+    modules, own = dict(network.named_modules()), []
+    try:
+        for name, weight in weights.items():
+            module, _, key = name.rpartition(".")
+            places: dict[str, Any] = modules[module]._parameters
+            own.append((places, key, places[key]))
+            places[key] = weight
+        yield
+    finally:
+        for places, key, parameter in own:
+            places[key] = parameter
+
+
+# --- decoders -------------------------------------------------------------------------------------------------------
+
+
 class TinyStreamDecoder:
     """As `StreamDecoder`, with a tiny VAE: far less work, softer pictures. Nothing waits in it."""
 
     def __init__(self, vae: Any):
         self.vae = vae
+        self.weights: dict[str, Tensor] | None = None  # instead of those that the VAE has
         self._past: dict[str, Tensor] = {}
 
     def push(self, latent: Tensor) -> Tensor:
@@ -53,7 +119,8 @@ class TinyStreamDecoder:
         module = self.vae.first_stage_model
         latent = module.process_in(latent.to(device=self.vae.device, dtype=self.vae.vae_dtype))
         skip = 0 if self._past else SURPLUS
-        video = run_as_stream(module.decoder, latent.transpose(1, 2), self._past, tiny_vae.MemBlock)
+        with _computing_with(self.weights, module):
+            video = run_as_stream(module.decoder, latent.transpose(1, 2), self._past, tiny_vae.MemBlock)
         return self.vae.process_output(video[0, skip:].float().cpu()).movedim(1, -1)
 
     def flush(self) -> Tensor:
@@ -64,9 +131,12 @@ class TinyStreamDecoder:
         """What is remembered between two pushes, by the layers' places."""
         return {name: value.detach().to("cpu", copy=True) for name, value in self._past.items()}
 
-    def restore(self, saved: dict[str, Tensor]) -> None:
-        """Go on where `snapshot` was taken. Raises SessionError where it is not of such a VAE."""
+    def check(self, saved: dict[str, Tensor]) -> None:
+        """Raise SessionError where a snapshot is not of such a VAE."""
         check_decoder(saved, {str(place) for place in range(len(self.vae.first_stage_model.decoder))})
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Go on where `snapshot`, which `check` let pass, was taken."""
         self._past = {name: value.to(self.vae.device, self.vae.vae_dtype) for name, value in saved.items()}
 
 
@@ -80,6 +150,7 @@ class StreamDecoder:
 
     def __init__(self, vae: Any):
         self.vae = vae
+        self.weights: dict[str, Tensor] | None = None  # instead of those that the VAE has
         # One cache slot for every causal convolution; a list longer than needed does no harm.
         self._cache: list[Any] = [None] * sum(1 for _ in vae.first_stage_model.decoder.modules())
         self._waiting: Tensor | None = None
@@ -117,24 +188,27 @@ class StreamDecoder:
             for name, value in kept.items()
         }
 
+    def check(self, saved: dict[str, Tensor]) -> None:
+        """Raise SessionError where a snapshot is not of such a VAE."""
+        check_decoder(saved, {*map(str, range(len(self._cache))), WAITING})
+
     def restore(self, saved: dict[str, Tensor]) -> None:
-        """Go on where `snapshot` was taken. Raises SessionError where it is not of such a VAE."""
-        places = {str(place): place for place in range(len(self._cache))}
-        check_decoder(saved, {*places, WAITING})
+        """Go on where `snapshot`, which `check` let pass, was taken."""
         waiting = saved.get(WAITING)
         self._waiting = None if waiting is None else waiting.to(self.vae.device)
         self._started = bool(saved)
         self._cache = [None] * len(self._cache)
         for name in saved.keys() - {WAITING}:
             value = saved[name]
-            self._cache[places[name]] = MARK if value.dtype == torch.bool else value.to(self.vae.device)
+            self._cache[int(name)] = MARK if value.dtype == torch.bool else value.to(self.vae.device)
 
     def _no_frames(self, latent: Tensor) -> Tensor:
         return torch.empty(0, 8 * latent.shape[3], 8 * latent.shape[4], 3)
 
     def _decode(self, latent: Tensor) -> Tensor:
         module = self.vae.first_stage_model
-        pieces = module.decoder(module.conv2(latent), feat_cache=self._cache, feat_idx=[0])
+        with _computing_with(self.weights, module):
+            pieces = module.decoder(module.conv2(latent), feat_cache=self._cache, feat_idx=[0])
         if isinstance(pieces, Tensor):  # as ComfyUI 0.3.64 gives them
             pieces = [pieces]
         video = torch.cat([self.vae.process_output(piece.float().cpu()) for piece in pieces], dim=2)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import folder_paths
-import latent_preview
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..sparse_attn.beside import pays_on
 from ..sparse_attn.config import AttentionConfig, pixel_frames
 from ..sparse_attn.rollout import Chunk
 from ..sparse_attn.session import Session, memory_snapshot
@@ -25,10 +23,11 @@ from .hooks import patch_model
 from .host import inference_dtype
 from .keeping import SessionKeeper, conditioning_key, in_output, memories_by_name, restore_run
 from .live import LiveRun
+from .output import Output
 from .prompt_timeline import PromptSwitcher
 from .session import ATTENTION, RUN, SamplingRun
 from .streaming import StreamSampler
-from .vae_stream import stream_decoder
+from .vae_stream import own_weights, stream_decoder, why_not_beside
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
@@ -59,8 +58,8 @@ class VideoStream:
         self.identity: dict[str, Any] = {}
 
     def resume(self, session: Session) -> None:
-        """Go on from a session that `check_session` let pass."""
-        self.decoder.restore(session.decoder)
+        """Go on from a session that `check_session` let pass. Raises SessionError for one of another VAE."""
+        self.decoder.check(session.decoder)
         self.session, self.made = session, session.frames
         self.latent[:, :, : self.made] = session.latent
 
@@ -77,7 +76,10 @@ class VideoStream:
     ) -> Tensor:
         """Generate into `writer`; returns the raw latent [1, 16, F, h, w] float32, shorter if `live` stopped it."""
         writer.check()
-        self.writer, self.progress = writer, comfy.utils.ProgressBar(1, node_id)
+        self.writer = writer
+        self.output = Output(
+            self.decoder, self.chunk_frames, writer, live, comfy.utils.ProgressBar(1, node_id)
+        )
         self.guider, self.live, self.switcher, self.seed = guider, live, switcher, seed
         live.takes_prompts = switcher.clip is not None
         live.facts = self._facts()
@@ -100,16 +102,18 @@ class VideoStream:
                     chunk,
                     sampler,
                     sigmas,
-                    callback=lambda step, x0, x, total: self.progress.update_absolute(step + 1, total),
+                    callback=lambda step, x0, x, total: self.output.after_pass(step + 1, total),
                     seed=seed,
                 )
             except _StopEarly:
                 comfy.sampler_helpers.cleanup_models(guider.conds, guider.loaded_models)
-            self._write(self.decoder.flush())
+            self.output.end()
         except BaseException:  # the host's interrupt is one, too
+            self.output.close()
             self._tell_what_is_kept(node_id)
             raise
         finally:
+            self.output.close()
             del self.switcher  # it knows this object; a cycle would keep the decoder's memory, too
             if problem := self.keeper.finish():
                 self.live.say(problem)
@@ -131,8 +135,15 @@ class VideoStream:
 
     def _on_open(self, run: SamplingRun, base: Any, x: Tensor) -> None:
         """Before the first pass, with the models loaded: go on from the session, if there is one."""
+        if pays_on(x.device):
+            if why_not := why_not_beside(self.vae, base.diffusion_model, x.device):
+                logger.info("Stream Video decodes between two chunks, not beside the next: %s.", why_not)
+            else:
+                self.decoder.weights = own_weights(self.vae)
+                self.output.work_beside(x.device)
         if self.session is None:
             return
+        self.output.restore(self.session.decoder)
         restore_run(self.session, self.guider, run, base.diffusion_model, x, inference_dtype(base))
         self._continue_video(self.session.facts["video"])
         self.live.start_behind(self.writer.frames, -(-self.made // self.chunk_frames))
@@ -146,11 +157,12 @@ class VideoStream:
         except ValueError as error:
             logger.warning("The video of the session is decoded again, as %s cannot be gone on with: %s",
                            video["path"], error)  # fmt: skip
-            self.decoder = stream_decoder(self.vae)
+            self.decoder = self.output.decoder = stream_decoder(self.vae, self.decoder.weights)
             for part in self.latent[:, :, : self.made].split(self.chunk_frames, dim=2):
-                self._write(self.decoder.push(part))
+                self.output.write(part)
 
     def _take_session(self) -> Session:
+        self.output.settle()  # memory, decoder and file then stand at the same chunk
         run = self.guider.model_options["transformer_options"][RUN]
         states = memories_by_name(self.guider, run)
         self.writer.sync()  # a session never knows of frames that the video could lose
@@ -165,7 +177,7 @@ class VideoStream:
                 "prompt": self.switcher.text,
                 "prompt_key": conditioning_key(self.switcher.conditioning),
                 "video": {
-                    "path": self._path_in_output().as_posix(),
+                    "path": self.output.path.as_posix(),
                     "bytes": self.writer.bytes,
                     "frames": self.writer.frames,
                 },
@@ -173,23 +185,22 @@ class VideoStream:
         )
 
     def _on_chunk(self, chunk: Chunk) -> None:
+        self.output.settle()  # the chunk before
         raw = self.model.model.process_latent_out(chunk.latent.float())
         self.latent[:, :, chunk.start_frame : chunk.start_frame + raw.shape[2]] = raw.cpu()
         self.made = chunk.start_frame + raw.shape[2]
-        parts = raw.split(self.chunk_frames, dim=2)  # a given clip may be long
-        frames = np.concatenate([self._write(self.decoder.push(part)) for part in parts])
-        done, stopping = -(-self.made // self.chunk_frames), self.live.stopping
+        done = -(-self.made // self.chunk_frames)
+        facts = {
+            "done": done,
+            "total": -(-self.latent.shape[2] // self.chunk_frames),
+            "cache_bytes": self._cache_bytes(),
+            "prompt": self.switcher.text,
+        }
+        self.output.add(raw, chunk.index < 0, self.live.copy_memory(), facts)
+        stopping = self.live.stopping
         last = stopping or self.made == self.latent.shape[2]
-        self.live.show_chunk(
-            frames,
-            done=done,
-            total=-(-self.latent.shape[2] // self.chunk_frames),
-            cache_bytes=self._cache_bytes(),
-            prompt=self.switcher.text,
-            video=self._growing_file(),
-        )
-        if chunk.index < 0:  # given, not made: it does not count in what the page says of speed
-            self.live.start_behind(self.writer.frames, done)
+        if last or not self.output.beside:
+            self.output.settle()
         if problem := self.keeper.after_chunk(done, last, self._take_session):
             self.live.say(problem)
         if self.made == self.latent.shape[2]:
@@ -197,35 +208,14 @@ class VideoStream:
         if stopping:
             raise _StopEarly
         typed = self.live.take_prompt()
+        if typed is not None:
+            self.output.settle()  # where memory is short, the host moves the VAE away for the text encoder
         if self.switcher.next_chunk(self.made, typed) is None and typed is not None:
             self.live.say("The new prompt could not be read; the log says why.")
-
-    def _path_in_output(self) -> PurePath:
-        return PurePath(os.path.relpath(self.writer.path, folder_paths.get_output_directory()))
-
-    def _growing_file(self) -> dict[str, Any]:
-        """How the host's /view names the file, and the bytes of it that are a complete video."""
-        path = self._path_in_output()
-        subfolder = path.parent.as_posix() if path.parent.parts else ""
-        return {"filename": path.name, "subfolder": subfolder, "type": "output", "bytes": self.writer.bytes}
 
     def _cache_bytes(self) -> int:
         run = self.guider.model_options["transformer_options"][RUN]
         return sum(state.nbytes for state in run.states.values())
-
-    def _write(self, frames: Tensor) -> np.ndarray:
-        """Append frames [n, H, W, 3] in 0..1 to the file; returns them as uint8.
-
-        Where no player shows them all, the last one is the host's ordinary preview.
-        """
-        images = (frames * 255).round().to(torch.uint8).numpy()
-        if len(images) == 0:
-            return images
-        self.writer.append(images)
-        if not self.live.has_player:
-            preview = ("JPEG", Image.fromarray(images[-1]), latent_preview.MAX_PREVIEW_RESOLUTION)
-            self.progress.update_absolute(self.progress.current, preview=preview)
-        return images
 
     def _tell_what_is_kept(self, node_id: str | None) -> None:
         """Name the file that holds the chunks finished before a stop or a failure, in the log and on the node."""

@@ -10,17 +10,21 @@ one request after another. Nothing about a video is kept between requests.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Event
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels.pbsa.constraints import Call, choose
+from .beside import Beside, pays_on
 from .config import PIXELS_PER_TOKEN, AttentionConfig, SamplerConfig, check_length, check_size, pixel_frames
 from .fast import ComposablePass, choose_pass
 from .given import latent_frames_of, usable_frames
@@ -106,8 +110,9 @@ class Request:
 class VideoChunk:
     """A finished piece of the video, and what it took.
 
-    frames uint8 [F, H, W, 3]; seconds from the first pass to the decoded pixels on the host; cache_bytes of the
-    stream's memory at that moment. index -1: frames that were given.
+    frames uint8 [F, H, W, 3]; seconds that passes and decoding take for one chunk, counted once where they run beside
+    each other, and not what the caller does with the frames; cache_bytes of the stream's memory at that moment.
+    index -1: frames that were given.
     """
 
     index: int
@@ -119,6 +124,18 @@ class VideoChunk:
     def fps(self) -> float:
         """Video frames a second of work, decoding included."""
         return len(self.frames) / self.seconds
+
+
+class Made(NamedTuple):
+    """A piece of the video before it is decoded: latent [1, C, F, h, w], and the seconds that its passes took."""
+
+    number: int
+    latent: Tensor
+    seconds: float
+
+
+class _StopEarly(Exception):
+    """Ends a chunk that nobody waits for."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +235,9 @@ class VideoPipeline:
         """Decoded chunks as they are finished. Raises ValueError at once, as `check` does.
 
         on_pass(chunk, pass, passes a chunk) after every pass of the backbone. To stop early, stop iterating.
+        Where `beside.pays_on`, a chunk is decoded, and used by the caller, while a thread makes the next one; `on_pass` is still called
+        by the caller's thread, for passes made meanwhile when it asks for the next chunk. Stopping waits for the pass
+        under way.
         """
         self.check(request)
         return self._generate(request, on_pass)
@@ -227,25 +247,67 @@ class VideoPipeline:
         logger.info(
             "%d chunks of %dx%d, cache %d bytes", request.chunks, request.width, request.height, memory.nbytes
         )
+        denoise, decoder = self._denoiser(request, memory), self.vae.stream_decoder()
+        pieces = self._pieces_ahead if pays_on(self.device) else self._pieces
+        started = time.perf_counter()
+        with closing(pieces(request, memory, denoise, on_pass)) as all_made:
+            for made in all_made:
+                with torch.no_grad():
+                    frames = to_uint8(decoder.push(made.latent))
+                waited = time.perf_counter() - started
+                # a caller that took its time finds passes done, which took no less for that
+                yield VideoChunk(made.number, frames, max(waited, made.seconds), memory.nbytes)
+                started = time.perf_counter()  # what the caller did with the frames is not the model's time
 
-        def after_pass(chunk: int, index: int, passes: int, x0: Tensor) -> None:
+    def _pieces_ahead(
+        self, request: Request, memory: StreamState, denoise: Denoise, on_pass: OnPass | None
+    ) -> Generator[Made, None, None]:
+        """The same pieces, each made by a thread while the caller still has the one before."""
+        told: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()  # passes; None behind those of a piece
+        stopped = Event()
+
+        def denoise_unless_stopped(x: Tensor, sigma: float) -> Tensor:
+            if stopped.is_set():
+                raise _StopEarly
+            return denoise(x, sigma)
+
+        pieces = self._pieces(request, memory, denoise_unless_stopped, lambda *where: told.put(where))
+
+        def make_next() -> Made | None:
+            try:
+                return next(pieces, None)
+            finally:
+                told.put(None)
+
+        with Beside(self.device) as beside:
+            try:
+                beside.put(make_next)
+                while True:
+                    for where in iter(told.get, None):
+                        if on_pass is not None:
+                            on_pass(*where)
+                    made = beside.take()
+                    if made is None:
+                        return
+                    beside.put(make_next)
+                    yield made
+            finally:
+                stopped.set()
+
+    def _pieces(
+        self, request: Request, memory: StreamState, denoise: Denoise, on_pass: OnPass | None
+    ) -> Generator[Made, None, None]:
+        """What is to be decoded: the given frames in pieces of a chunk, then the chunks."""
+
+        def after_pass(chunk: int, index: int, passes: int, _x0: Tensor) -> None:
             if on_pass is not None:
                 on_pass(chunk, index, passes)
 
-        denoise, decoder = self._denoiser(request, memory), self.vae.stream_decoder()
-        started = time.perf_counter()
-        for index, latent in itertools.chain(
-            self._given(request, memory, denoise),
-            self._made(request, memory, denoise, after_pass),
-        ):
-            with torch.no_grad():
-                frames = to_uint8(decoder.push(latent))
-            now = time.perf_counter()
-            yield VideoChunk(index, frames, now - started, memory.nbytes)
-            started = time.perf_counter()  # what the caller did with the frames is not the model's time
+        yield from self._given(request, memory, denoise)
+        yield from self._chunks(request, memory, denoise, after_pass)
 
-    def _given(self, request: Request, memory: StreamState, denoise: Denoise) -> Iterator[tuple[int, Tensor]]:
-        """Latents of the given frames, once the memory holds them all; a piece at a time, as chunks are decoded."""
+    def _given(self, request: Request, memory: StreamState, denoise: Denoise) -> Iterator[Made]:
+        """The given frames, once the memory holds them all."""
         if request.given is None:
             return
         video = torch.from_numpy(request.given).to(self.device).permute(3, 0, 1, 2)[None]
@@ -253,11 +315,11 @@ class VideoPipeline:
             latent = self.vae.encode(video / 127.5 - 1)
         prefill(denoise, memory, latent, request.sampler.chunk_frames)
         for piece in latent.split(request.sampler.chunk_frames, dim=2):
-            yield -1, piece
+            yield Made(-1, piece, 0.0)
 
-    def _made(
+    def _chunks(
         self, request: Request, memory: StreamState, denoise: Denoise, on_pass: Callable
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[Made]:
         chunks = stream(
             denoise,
             memory,
@@ -275,7 +337,7 @@ class VideoPipeline:
             device=self.device,
         )
         for chunk in chunks:
-            yield chunk.index, chunk.latent.to(self.device)
+            yield Made(chunk.index, chunk.latent.to(self.device), chunk.seconds)
 
     def _denoiser(self, request: Request, memory: StreamState) -> Denoise:
         """denoise(x float32, sigma) -> x0 float32 for the chunk that `memory` has open, under the request's prompt."""

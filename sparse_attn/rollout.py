@@ -184,6 +184,9 @@ def upload(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _wait_for(latent: Tensor) -> None:
-    """Let the device finish, so that `seconds` are true: one wait a chunk, whose latent is about to be read anyway."""
+    """Let the device finish it, so that `seconds` are true: one wait a chunk, whose latent is about to be read anyway.
+
+    Other streams may go on: one may be decoding the chunk before.
+    """
     if latent.is_cuda:
-        torch.cuda.synchronize(latent.device)
+        torch.cuda.current_stream(latent.device).synchronize()

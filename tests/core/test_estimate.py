@@ -174,7 +174,9 @@ def test_a_budget_is_used_as_far_as_it_goes(mode, share):
             else base.sink_frames <= persistent <= base.persistent_frames
         )
         rival = replace(plan, attention=attention)
-        if base.mode == "sparse" and not (mode == "dense" and attention == base and need(rival).total <= budget):
+        if base.mode == "sparse" and not (
+            mode == "dense" and attention == base and need(rival).total <= budget
+        ):
             rival = replace(rival, attention=replace(attention, page_bits=8))
         if allowed and need(rival).total <= budget:
             rivals.append(memory_bytes(rival))

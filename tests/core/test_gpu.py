@@ -2,13 +2,19 @@
 
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import pytest
 import torch
+from sparse_forcing_pack.sparse_attn import beside
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.fast import ComposablePass, FastModel, FastOptions, FastPass
+from sparse_forcing_pack.sparse_attn.pipeline import Request, VideoPipeline
 from sparse_forcing_pack.sparse_attn.positions import apply_rope, rope_table
 from sparse_forcing_pack.sparse_attn.state import StreamState
+from sparse_forcing_pack.sparse_attn.vae import WanVAE
 from sparse_forcing_pack.sparse_attn.wan import WanModel
+from sparse_forcing_pack.sparse_attn.world.model import WorldModel
+from sparse_forcing_pack.sparse_attn.world.text import WorldTextEncoder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,8 +29,9 @@ MODES = [
     AttentionConfig(positions="rebased"),
     AttentionConfig(keep="novelty"),
     AttentionConfig(positions="rebased", page_bits=8),
+    AttentionConfig(positions="rebased", router="quarters"),
 ]
-IDS = [f"{a.mode}-{a.positions}-{a.keep}-{a.page_bits}" for a in MODES]
+IDS = [f"{a.mode}-{a.positions}-{a.keep}-{a.page_bits}-{a.router}" for a in MODES]
 
 
 @contextmanager
@@ -124,3 +131,46 @@ def test_fast_and_composable_pass_keep_what_is_new():
         kept.append(state.kept_frames())
     assert (kept[0] == kept[1]).float().mean() > 0.9
     assert (flows[0] - flows[1]).norm() < 0.05 * flows[0].norm()
+
+
+def test_streams_side_by_side_wait_for_what_crosses_alone():
+    long = 500_000_000  # cycles, about a third of a second
+    x = torch.zeros(1 << 20, device="cuda")
+    with beside.Beside("cuda") as thread:
+        thread.put(
+            torch.mul, x, 2
+        )  # from now on nothing has to be allocated, for which the device might be waited for
+        thread.take()
+        with no_waiting():
+            torch.cuda._sleep(long)
+            x += 1
+            thread.put(lambda x: (torch.cuda._sleep(long), 2 * x)[1], x)
+            del x
+            torch.full((1 << 20,), 7.0, device="cuda")  # may not be where x is still to be read
+            assert not torch.cuda.current_stream().query(), (
+                "the work was launched while x was still being made"
+            )
+            result = thread.take()
+            assert not torch.cuda.current_stream().query()
+        assert (result == 2).all()
+        thread.put(torch.cuda._sleep, long)
+        while not thread.ready:
+            pass
+        torch.cuda.current_stream().synchronize()
+        assert not thread._stream.query(), "the caller's stream does not wait for it"
+
+
+def test_chunks_made_beside_decoding_are_those_made_in_between(monkeypatch):
+    torch.manual_seed(0)
+    world = WorldModel(
+        WanModel(dim=128, ffn_dim=128, num_heads=1, num_layers=2), WanVAE(dim=8), WorldTextEncoder(dim=32)
+    )
+    for part in (world.dit, world.vae, world.text):
+        part.eval().requires_grad_(False)
+    pipeline = VideoPipeline(world, "cuda")
+    request = Request("a red circle over a navy background", latent_frames=24, width=64, height=48)
+    videos = []
+    for devices in ((), ("cuda",), ("cuda",)):  # graphs are captured anew in each, beside a decoder
+        monkeypatch.setattr(beside, "DEVICES", devices)
+        videos.append(np.concatenate([chunk.frames for chunk in pipeline.generate(request)]))
+    assert np.array_equal(videos[1], videos[0]) and np.array_equal(videos[2], videos[0])
