@@ -235,9 +235,9 @@ class VideoPipeline:
         """Decoded chunks as they are finished. Raises ValueError at once, as `check` does.
 
         on_pass(chunk, pass, passes a chunk) after every pass of the backbone. To stop early, stop iterating.
-        Where `beside.pays_on`, a chunk is decoded, and used by the caller, while a thread makes the next one; `on_pass` is still called
-        by the caller's thread, for passes made meanwhile when it asks for the next chunk. Stopping waits for the pass
-        under way.
+        Where `beside.pays_on`, a chunk is decoded, and used by the caller, while a thread makes the next one; `on_pass`
+        is still called by the caller's thread, for passes made meanwhile when it asks for the next chunk. Stopping
+        waits for the pass under way.
         """
         self.check(request)
         return self._generate(request, on_pass)
