@@ -43,6 +43,7 @@ MODES = {
     "window-12": AttentionConfig(mode="window", window_frames=12, sink_frames=3, positions="rebased"),
     "sparse": AttentionConfig(positions="rebased"),
     "sparse-novelty": AttentionConfig(positions="rebased", keep="novelty"),
+    "sparse-quarters": AttentionConfig(positions="rebased", keep="novelty", router="quarters"),
     "no-persistent": AttentionConfig(
         window_frames=12, sink_frames=0, persistent_frames=0, positions="rebased"
     ),

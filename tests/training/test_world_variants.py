@@ -62,7 +62,7 @@ def test_variants_are_trained_in_turn_and_once(start, tmp_path, monkeypatch):
     first = (out / "window-12" / "world_dit.safetensors").read_bytes()
     assert train_variants(CFG, list(MODES), start, out, "cpu", None) == list(MODES)
     assert (out / "window-12" / "world_dit.safetensors").read_bytes() == first
-    assert [clips[4 * i : 4 * i + 4] for i in range(6)] == 6 * [clips[:4]], (
+    assert [clips[4 * i : 4 * i + 4] for i in range(len(MODES))] == len(MODES) * [clips[:4]], (
         "every variant sees the same clips"
     )
     trained = {name: weights(out / name) for name in MODES}
