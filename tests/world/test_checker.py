@@ -31,7 +31,7 @@ def rates(monkeypatch, pairs):
     """Rates over (scene, observation) pairs."""
     verdicts = []
     for scene, observation in pairs:
-        monkeypatch.setattr(checker, "observe", lambda _, observation=observation: observation)
+        monkeypatch.setattr(checker, "observe", lambda *_, seen=observation: seen)
         verdicts.append(checker.judge(torch.empty(0), scene))
     return checker.summarise(verdicts)
 
