@@ -44,14 +44,7 @@ def choose_blocks(
         return route(pooled_q, pooled_k, persistent, window, kept, backend=backend)
     slots = torch.cat([persistent, window], dim=1).long()
     groups = torch.arange(len(slots), device=slots.device)[:, None]
-    q_parts, k_parts = (x.float() for x in (parts[0], parts[1][groups, slots]))
-    keys = pooled_k[groups, slots].flatten(1, 2)  # [G, M * R, D]
-    scores = pooled_q.flatten(1, 2) @ keys.mT / math.sqrt(keys.shape[-1])  # [G, NQ * R, M * R]
-    scores = (scores + k_parts.log().flatten(1)[:, None]).unflatten(
-        2, k_parts.shape[1:]
-    )  # a part without tokens: -inf
-    shares = scores.logsumexp(-1).softmax(-1).unflatten(1, q_parts.shape[1:])  # [G, NQ, R, M]
-    shares = (shares * q_parts[..., None]).sum(2) / q_parts.sum(-1)[..., None]
+    shares = shares_of_parts(pooled_q, pooled_k[groups, slots], parts[0], parts[1][groups, slots])
     fixed = persistent.shape[1]
     best = shares[..., fixed:].topk(kept).indices + fixed
     always = torch.arange(fixed, device=slots.device).expand(*best.shape[:2], -1)
@@ -60,3 +53,16 @@ def choose_blocks(
     return BlockLists(
         idx, torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device)
     ), shares
+
+
+def shares_of_parts(pooled_q: Tensor, pooled_k: Tensor, q_parts: Tensor, k_parts: Tensor) -> Tensor:
+    """What query blocks give key blocks, [G, NQ, M]: the softmax of each part of the queries, averaged.
+
+    pooled_q [G, NQ, R, D] and pooled_k [G, M, R, D], means of parts that hold q_parts [G, NQ, R] and k_parts [G, M, R]
+    tokens.
+    """
+    q_parts, k_parts = q_parts.float(), k_parts.float()
+    scores = pooled_q.flatten(1, 2) @ pooled_k.flatten(1, 2).mT / math.sqrt(pooled_k.shape[-1])
+    scores = scores + k_parts.log().flatten(1)[:, None]  # a part without tokens: -inf
+    by_part = scores.unflatten(2, k_parts.shape[1:]).logsumexp(-1).softmax(-1)  # [G, NQ * R, M]
+    return (by_part.unflatten(1, q_parts.shape[1:]) * q_parts[..., None]).sum(2) / q_parts.sum(-1)[..., None]

@@ -15,10 +15,10 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..config import AttentionConfig
+from ..config import QUARTERS, AttentionConfig
 from ..memory import PagedKV
 from ..rollout import stream
-from ..router import kept_blocks
+from ..router import kept_blocks, shares_of_parts
 from ..state import StreamState
 from ..wan import WanModel
 from ..world.model import SAMPLER
@@ -33,7 +33,8 @@ class ProbedState(StreamState):
     """A memory that also computes what exact attention would give, wherever the window holds more than one chunk.
 
     found: (name, layer) -> for each pass, [H] means over clips and query blocks. Names: "persistent", the mass on the
-    persistent memory; "rank", Spearman's correlation of pooled scores and masses; (ratio, "router" or "oracle").
+    persistent memory; "rank", Spearman's correlation of pooled scores and masses; (ratio, "router", "quarters" or
+    "oracle").
     """
 
     found: dict[tuple, list[Tensor]]
@@ -47,17 +48,21 @@ class ProbedState(StreamState):
     def _probe(self, cache: PagedKV, layer: int, q: Tensor) -> None:
         slots = torch.cat([cache.persistent_slots[layer], cache.window_slots[layer]], dim=1).long()  # [G, M]
         q_blocks = cache.chunk.pack(q.float())
-        mass = exact_mass(q_blocks, cache.chunk_lens, *_pages(cache, layer, slots))
+        pages = _pages(cache, layer, slots)
+        mass = exact_mass(q_blocks, cache.chunk_lens, *pages)
         persistent = cache.persistent_slots.shape[-1]
         local = mass[..., persistent:]
         pooled_q = q_blocks.sum(2) / cache.chunk_lens[..., None]
         window = slots[:, persistent:, None].expand(-1, -1, self.head_dim)
         pooled_k = cache.pooled[layer].gather(1, window)
         scores = pooled_q @ pooled_k.mT / math.sqrt(self.head_dim)
+        (q_means, q_held), (k_means, k_held) = quarters(q_blocks, cache.chunk_lens), quarters(*pages)
+        by_quarters = shares_of_parts(q_means, k_means, q_held, k_held)[..., persistent:]
         self._note("persistent", layer, mass[..., :persistent].sum(-1))
         self._note("rank", layer, rank_correlation(scores, local))
         for ratio in RATIOS:
             self._note((ratio, "router"), layer, recall(local, scores, ratio))
+            self._note((ratio, "quarters"), layer, recall(local, by_quarters, ratio))
             self._note((ratio, "oracle"), layer, recall(local, local, ratio))
 
     def _note(self, name, layer: int, value_GN: Tensor) -> None:
@@ -69,6 +74,16 @@ def _pages(cache: PagedKV, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [G, M, T, D] float32 of the pages in `slots` [G, M], and how many tokens of each are valid [G, M]."""
     groups = torch.arange(len(slots), device=slots.device)[:, None]
     return cache.pages(layer)[0][groups, slots].float(), cache.page_len[layer].gather(1, slots)
+
+
+def quarters(blocks: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the quarters of blocks [G, n, T, D] with `lens` [G, n] valid tokens, [G, n, 4, D], and how many tokens
+    each holds, [G, n, 4]."""
+    rows = blocks.shape[2] // QUARTERS
+    held = (lens[..., None] - rows * torch.arange(QUARTERS, device=lens.device)).clamp(0, rows)
+    valid = torch.arange(blocks.shape[2], device=lens.device) < lens[..., None]
+    sums = (blocks * valid[..., None]).unflatten(2, (QUARTERS, rows)).sum(3)
+    return sums / held.clamp(min=1)[..., None], held
 
 
 def exact_mass(q: Tensor, q_len: Tensor, k: Tensor, k_len: Tensor) -> Tensor:
@@ -126,10 +141,11 @@ def probe(
 
 def as_table(found: dict) -> str:
     """Means over layers and heads with their spread, as a table."""
-    lines = ["| Top-K | router | oracle |", "|---|---|---|"]
+    lines = ["| Top-K | router | router by quarters | oracle |", "|---|---|---|---|"]
     for ratio in RATIOS:
         cells = [
-            f"{found[ratio, who].mean():.2f} +- {found[ratio, who].std():.2f}" for who in ("router", "oracle")
+            f"{found[ratio, who].mean():.2f} +- {found[ratio, who].std():.2f}"
+            for who in ("router", "quarters", "oracle")
         ]
         lines.append(f"| {100 * ratio:g} % | " + " | ".join(cells) + " |")
     rank, kept = found["rank"], found["persistent"]

@@ -11,6 +11,7 @@ from sparse_forcing_pack.sparse_attn.fast import FastPass
 from sparse_forcing_pack.sparse_attn.fast_weights import FastModel, FastOptions
 from sparse_forcing_pack.sparse_attn.memory import PagedKV
 from sparse_forcing_pack.sparse_attn.router import choose_blocks, kept_blocks
+from sparse_forcing_pack.sparse_attn.training import router_recall
 
 from .test_page_bits import EIGHT, new_model, run
 
@@ -55,6 +56,10 @@ def by_hand(q, k, q_len, k_len):
 def test_scores_are_those_of_the_quarters():
     pages, q, k, lens, persistent, window = problem()
     parts = pages.part_lens(lens), pages.part_lens(lens)
+    for x in (q, k):  # the probe pools by itself
+        means, held = router_recall.quarters(x, lens)
+        torch.testing.assert_close(means, pages.pool(x, lens), atol=1e-6, rtol=1e-5)
+        assert torch.equal(held, parts[0])
     lists, shares = choose_blocks(
         pages.pool(q, lens), pages.pool(k, lens), persistent, window, 0.4, "reference", parts
     )
