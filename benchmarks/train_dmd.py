@@ -184,7 +184,7 @@ def measure_mode(run: Any, numbers: list[int], device: str) -> dict[str, float]:
     def student(n: int) -> None:
         rows = run.prompts.batch([0], run.device)
         run.memory.reset()
-        quick = run.fused.flow(rows) if run.fused else None
+        quick = run.quick(rows)
         made = dmd.roll(
             run.student,
             run.memory,

@@ -397,13 +397,13 @@ class FastPass:
         rows = cache.chunk.tokens
         with named_range("element-wise"):
             pages = cache.pages(layer)
-            means = cache.pooled[layer, :, :, 0] if cache.parts else cache.pooled[layer]
+            means = cache.pooled[layer, :, :, 0] if cache.quarters else cache.pooled[layer]
             means = means.contiguous()  # with quarters a copy that nobody reads
             q_blocks, pooled_q = fused.norm_rope_to_pages(
                 *parts, rows, current, *pages, means, backend=self.backend
             )
             cache.store(layer, current)
-            if cache.parts:
+            if cache.quarters:
                 pooled_q = cache.pool_written(layer, current, pages[0], q_blocks)
         reading = cache, pages, persistent, window
         out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept)
@@ -436,7 +436,7 @@ class FastPass:
             with named_range("router"):
                 lists, shares = choose_blocks(
                     pooled_q, cache.pooled[layer], always, local, self._extent(), self.backend,
-                    cache.routed_parts(layer),
+                    cache.routed_parts(layer, window[:, -q_blocks.shape[1] :]),
                 )  # fmt: skip
             if kind == FIRST and self.options.router_once:
                 assert kept is not None

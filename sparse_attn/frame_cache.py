@@ -28,6 +28,8 @@ class FrameCache:
     towards the second, and so on, each at the sink frame's own time (Reward Forcing's moving sink).
     """
 
+    scratch: tuple[Tensor, ...] = ()  # it needs no tensor but those that it keeps
+
     def __init__(
         self,
         *,

@@ -24,6 +24,7 @@ from ..kernels.fused import Pages8, pack_pages, unpack_pages
 from .config import QUARTERS, AttentionConfig
 from .geometry import BlockGeometry, least_tokens
 from .positions import shift_time
+from .router import part_lens, part_means
 
 
 class WindowChunk(NamedTuple):
@@ -76,9 +77,9 @@ class PagedKV:
             sides = (head_dim, attention.block_tokens)
             self.scales = [torch.zeros(*table_shape, side, device=device) for side in sides]
             self.scratch = [torch.zeros(page_shape[1:], dtype=dtype, device=device) for _ in range(2)]
-        self.parts = QUARTERS if attention.router == "quarters" else 0
-        seen = (*table_shape, self.parts, head_dim) if self.parts else (*table_shape, head_dim)
-        self.pooled = torch.zeros(seen, device=device)
+        self.quarters = attention.router == "quarters"
+        seen = (QUARTERS, head_dim) if self.quarters else (head_dim,)
+        self.pooled = torch.zeros(*table_shape, *seen, device=device)
         self.page_len, self.page_frame, self.page_block = (
             torch.zeros(table_shape, dtype=torch.int32, device=device) for _ in range(3)
         )
@@ -157,26 +158,23 @@ class PagedKV:
     def pool(self, blocks: Tensor, lens: Tensor) -> Tensor:
         """What the router sees of blocks [G, n, T, D] with `lens` [G, n] valid tokens: their mean [G, n, D] float32, or
         with `router` "quarters" those of their quarters [G, n, 4, D]."""
-        if not self.parts:
-            return pool_pages(blocks, lens).float()
-        rows = blocks.unflatten(2, (self.parts, -1)).flatten(1, 2)
-        return pool_pages(rows, self.part_lens(lens).flatten(1)).float().unflatten(1, (-1, self.parts))
+        return part_means(blocks, lens) if self.quarters else pool_pages(blocks, lens).float()
 
     def pool_written(self, layer: int, slots: Tensor, k_pages: Tensor, q_blocks: Tensor) -> Tensor:
         """Pool the keys that the open chunk wrote at `slots` of k_pages, and its queries, which are returned."""
         at = (self._groups, slots)
-        self.pooled[layer][at] = self.pool(k_pages[at], self.chunk_lens)
-        return self.pool(q_blocks, self.chunk_lens)
+        lens = self.page_len[layer][
+            at
+        ]  # not `chunk_lens`, which a CUDA graph of an earlier chunk does not know
+        self.pooled[layer][at] = self.pool(k_pages[at], lens)
+        return self.pool(q_blocks, lens)
 
-    def part_lens(self, lens: Tensor) -> Tensor:
-        """Valid tokens in each part of blocks with `lens` [G, n] of them: [G, n, 4] int32."""
-        rows = self.attention.block_tokens // self.parts
-        before = torch.arange(0, self.parts * rows, rows, dtype=torch.int32, device=lens.device)
-        return (lens[..., None] - before).clamp(0, rows)
-
-    def routed_parts(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """`parts` of the router: of the open chunk's blocks, and of a layer's pages."""
-        return (self.part_lens(self.chunk_lens), self.part_lens(self.page_len[layer])) if self.parts else None
+    def routed_parts(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`parts` of the router: of the open chunk's blocks, which are at `slots`, and of all of a layer's pages."""
+        if not self.quarters:
+            return None
+        parts = part_lens(self.page_len[layer], self.attention.block_tokens)
+        return parts[self._groups, slots.long()], parts
 
     def open_part(self, layer: int, pages: Tensor) -> Tensor:
         """The open chunk's blocks [G, NB, T, D] of a layer's pages, or of their gradient [G, S, T, D]."""

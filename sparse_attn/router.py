@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels import BlockLists, route
+from ..kernels import BlockLists, pool_pages, route
+from .config import QUARTERS
 
 
 def kept_blocks(topk: float, blocks: int) -> int:
@@ -53,6 +54,20 @@ def choose_blocks(
     return BlockLists(
         idx, torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device)
     ), shares
+
+
+def part_lens(lens: Tensor, block_tokens: int) -> Tensor:
+    """Valid tokens in each quarter of blocks with `lens` [..., n] of them: [..., n, 4] int32."""
+    rows = block_tokens // QUARTERS
+    before = torch.arange(0, QUARTERS * rows, rows, dtype=torch.int32, device=lens.device)
+    return (lens[..., None] - before).clamp(0, rows)
+
+
+def part_means(blocks: Tensor, lens: Tensor) -> Tensor:
+    """Means of the quarters of blocks [G, n, T, D] with `lens` [G, n] valid tokens: [G, n, 4, D] float32."""
+    rows = blocks.unflatten(2, (QUARTERS, -1)).flatten(1, 2)
+    means = pool_pages(rows, part_lens(lens, blocks.shape[2]).flatten(1))
+    return means.float().unflatten(1, (-1, QUARTERS))
 
 
 def shares_of_parts(pooled_q: Tensor, pooled_k: Tensor, q_parts: Tensor, k_parts: Tensor) -> Tensor:

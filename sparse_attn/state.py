@@ -225,7 +225,7 @@ class StreamState:
             cache.window_slots[layer],
             self.attention.topk_after(self.frame),
             self.attention.backend,
-            cache.routed_parts(layer),
+            cache.routed_parts(layer, cache.current[layer]),
         )
         k_pages, v_pages = (
             _differentiable(stored, fresh, partial(cache.open_part, layer))
@@ -247,7 +247,7 @@ class StreamState:
     @property
     def nbytes(self) -> int:
         """Bytes of the memory, the same from the first chunk to the last."""
-        tensors = [*self.cache.tensors().values(), *getattr(self.cache, "scratch", ())]
+        tensors = [*self.cache.tensors().values(), *self.cache.scratch]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def describe(self) -> dict[str, int | str]:

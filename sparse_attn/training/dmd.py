@@ -28,9 +28,8 @@ from ..state import StreamState
 from ..wan import WanModel, frame_timesteps
 from .common import CrossKV, backward_prompt, prompt_leaves, shifted, whole_attention
 
-Flow = Callable[
-    [Tensor, float], Tensor
-]  # x [B, C, F, H, W], sigma -> flow float32 of the open chunk on the memory
+# x [B, C, F, H, W], sigma -> flow float32 of the open chunk on the memory
+Flow = Callable[[Tensor, float], Tensor]
 
 
 @dataclass

@@ -116,6 +116,10 @@ class DmdRun:
         """Whether passes without gradients run fused: where launches cost, and all weights are in one place."""
         return torch.device(self.device).type == "cuda" and self.processes.size == 1
 
+    def quick(self, rows: Tensor) -> dmd.Flow | None:
+        """The student's fused pass under text rows, where there is one."""
+        return self.fused.flow(rows) if self.fused else None
+
     def use_attention(self, attention: AttentionConfig) -> None:
         """Go on with another kind of memory for the student: to compare kinds with the same models."""
         self.cfg = dataclasses.replace(self.cfg, attention=attention)
@@ -191,7 +195,7 @@ class DmdRun:
         picks = [prompt_of(cfg.seed, first + place, count) for place in places]
         rows = self.prompts.batch(picks, self.device)
         before = self._enter(piece, micro)
-        quick = self.fused.flow(rows) if self.fused else None
+        quick = self.quick(rows)
         made = dmd.roll(
             self.student, self.memory, rows, cfg.sampler_at(n), (len(places), *self.shape), piece.start,
             piece.frames, tuple(seed_of(cfg.seed, "rollout", piece.rollout, place) for place in places), quick,

@@ -15,10 +15,10 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..config import QUARTERS, AttentionConfig
+from ..config import AttentionConfig
 from ..memory import PagedKV
 from ..rollout import stream
-from ..router import kept_blocks, shares_of_parts
+from ..router import kept_blocks, part_lens, part_means, shares_of_parts
 from ..state import StreamState
 from ..wan import WanModel
 from ..world.model import SAMPLER
@@ -56,8 +56,9 @@ class ProbedState(StreamState):
         window = slots[:, persistent:, None].expand(-1, -1, self.head_dim)
         pooled_k = cache.pooled[layer].gather(1, window)
         scores = pooled_q @ pooled_k.mT / math.sqrt(self.head_dim)
-        (q_means, q_held), (k_means, k_held) = quarters(q_blocks, cache.chunk_lens), quarters(*pages)
-        by_quarters = shares_of_parts(q_means, k_means, q_held, k_held)[..., persistent:]
+        sides = (q_blocks, cache.chunk_lens), pages
+        means, held = (part_means(*side) for side in sides), (part_lens(n, x.shape[2]) for x, n in sides)
+        by_quarters = shares_of_parts(*means, *held)[..., persistent:]
         self._note("persistent", layer, mass[..., :persistent].sum(-1))
         self._note("rank", layer, rank_correlation(scores, local))
         for ratio in RATIOS:
@@ -74,16 +75,6 @@ def _pages(cache: PagedKV, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [G, M, T, D] float32 of the pages in `slots` [G, M], and how many tokens of each are valid [G, M]."""
     groups = torch.arange(len(slots), device=slots.device)[:, None]
     return cache.pages(layer)[0][groups, slots].float(), cache.page_len[layer].gather(1, slots)
-
-
-def quarters(blocks: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the quarters of blocks [G, n, T, D] with `lens` [G, n] valid tokens, [G, n, 4, D], and how many tokens
-    each holds, [G, n, 4]."""
-    rows = blocks.shape[2] // QUARTERS
-    held = (lens[..., None] - rows * torch.arange(QUARTERS, device=lens.device)).clamp(0, rows)
-    valid = torch.arange(blocks.shape[2], device=lens.device) < lens[..., None]
-    sums = (blocks * valid[..., None]).unflatten(2, (QUARTERS, rows)).sum(3)
-    return sums / held.clamp(min=1)[..., None], held
 
 
 def exact_mass(q: Tensor, q_len: Tensor, k: Tensor, k_len: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.fast import FastPass
 from sparse_forcing_pack.sparse_attn.fast_weights import FastModel, FastOptions
 from sparse_forcing_pack.sparse_attn.memory import PagedKV
-from sparse_forcing_pack.sparse_attn.router import choose_blocks, kept_blocks
-from sparse_forcing_pack.sparse_attn.training import router_recall
+from sparse_forcing_pack.sparse_attn.router import choose_blocks, kept_blocks, part_lens
 
 from .test_page_bits import EIGHT, new_model, run
 
@@ -55,11 +54,16 @@ def by_hand(q, k, q_len, k_len):
 
 def test_scores_are_those_of_the_quarters():
     pages, q, k, lens, persistent, window = problem()
-    parts = pages.part_lens(lens), pages.part_lens(lens)
-    for x in (q, k):  # the probe pools by itself
-        means, held = router_recall.quarters(x, lens)
-        torch.testing.assert_close(means, pages.pool(x, lens), atol=1e-6, rtol=1e-5)
-        assert torch.equal(held, parts[0])
+    parts = part_lens(lens, TOKENS), part_lens(lens, TOKENS)
+    assert parts[0][:, 0].tolist() == [[4, 4, 4, 4]] * GROUPS
+    assert parts[0][:, -1].tolist() == [[4, 2, 0, 0]] * GROUPS
+    for x in (q, k):
+        means = pages.pool(x, lens)
+        torch.testing.assert_close(means[:, :-1], x[:, :-1].unflatten(2, (4, 4)).mean(3))
+        torch.testing.assert_close(
+            means[:, -1],
+            torch.stack([x[:, -1, :4].mean(1), x[:, -1, 4:6].mean(1)] + 2 * [torch.zeros(GROUPS, DIM)], 1),
+        )
     lists, shares = choose_blocks(
         pages.pool(q, lens), pages.pool(k, lens), persistent, window, 0.4, "reference", parts
     )
@@ -89,7 +93,7 @@ def test_a_quarter_finds_what_a_mean_hides():
     q[:, 0, :8], q[:, 0, 8:] = likes, -likes
     k[:, 7, :8], k[:, 7, 8:] = likes, -likes
     plain, _ = choose_blocks(pool_pages(q, lens), pool_pages(k, lens), persistent, window, 0.2, "reference")
-    parts = pages.part_lens(lens), pages.part_lens(lens)
+    parts = part_lens(lens, TOKENS), part_lens(lens, TOKENS)
     fine, _ = choose_blocks(
         pages.pool(q, lens), pages.pool(k, lens), persistent, window, 0.2, "reference", parts
     )
@@ -129,3 +133,19 @@ def test_bad_values_are_refused():
     saved = run(new_model(), QUARTERS, chunks=2)[1].snapshot()
     with pytest.raises(ValueError, match="the snapshot's pooled"):
         run(new_model(), replace(QUARTERS, router="mean"), chunks=1)[1].restore(saved)
+
+
+def test_the_fast_pass_reads_a_chunk_s_lengths_where_graphs_find_them():
+    """What a chunk makes anew, a CUDA graph of an earlier chunk does not know: without it nothing changes."""
+
+    class Blind(FastPass):
+        def at(self, *args):
+            lens, self.memory.cache.chunk_lens = self.memory.cache.chunk_lens, None
+            flow = super().at(*args)
+            self.memory.cache.chunk_lens = lens
+            return flow
+
+    model = new_model()
+    expected, _ = run(model, QUARTERS, lambda m, s: FastPass(FastModel(m, FastOptions()), s))
+    found, _ = run(model, QUARTERS, lambda m, s: Blind(FastModel(m, FastOptions()), s))
+    assert all(torch.equal(a, b) for mine, other in zip(found, expected) for a, b in zip(mine, other))
