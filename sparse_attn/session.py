@@ -258,10 +258,7 @@ def load_session(path: str | Path) -> Session:
     if not path.is_file():
         raise SessionError(f"There is no session {path.name}: choose one that exists.")
     try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            said = _said(path, (file.metadata() or {}).get(HEADER))
-            # cloned: a tensor that is still a view of the file would keep it from being replaced on Windows
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        said, tensors = _whole(path)
         if said["version"] == VERSION_APART:
             tensors["latent"] = _latent_beside(path, said, tensors.get("latent"))
     except (safetensors.SafetensorError, OSError) as error:
@@ -270,6 +267,33 @@ def load_session(path: str | Path) -> Session:
             "Use an earlier session."
         ) from error
     return _assemble(path, said, tensors)
+
+
+def _whole(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of one file, also while a run saves its next session under this name.
+
+    safetensors opens a file twice, by its name: for the header, and for the data. Those may then be two files', so what
+    was read counts only if the name has meant the same file all the time.
+    """
+    while True:
+        before = _stamp(path)
+        try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                said = _said(path, (file.metadata() or {}).get(HEADER))
+                # cloned: a tensor that is still a view of the file would keep it from being replaced on Windows
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, RuntimeError):
+            if _stamp(path) == before:
+                raise
+        else:
+            if _stamp(path) == before:
+                return said, tensors
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Tells the file that has this name now from those that had it before. OSError."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _latent_beside(path: Path, said: dict[str, Any], like: Tensor | None) -> Tensor:

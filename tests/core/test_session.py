@@ -386,6 +386,24 @@ def test_a_write_that_dies_leaves_the_earlier_session(tmp_path, monkeypatch, bro
     assert torch.equal(load_session(path).latent, torch.cat(run.latents, 2))
 
 
+@pytest.mark.parametrize("frames", [3, 9])  # the new file is shorter, longer
+def test_a_session_saved_while_one_is_read_is_read_whole(tmp_path, monkeypatch, frames):
+    path, real, opened = tmp_path / f"a{SUFFIX}", torch.UntypedStorage.from_file, []
+    save_session(without_a_model(torch.randn(1, 16, 6, SIDE, SIDE)), path)
+    new = torch.randn(1, 16, frames, SIDE, SIDE)
+
+    def open_data(*args, **options):  # safetensors has read the header by now
+        if not opened:
+            save_session(without_a_model(new), path)
+        opened.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(open_data))
+    session = load_session(path)
+    assert len(opened) == 2, "safetensors opens the data another way: is it one file by now?"
+    assert session.frames == frames and torch.equal(session.latent, new)
+
+
 def test_what_is_written_is_safetensors_own_format(tmp_path):
     latent = torch.randn(1, 4, 8, 2, 3)
     half = torch.randn(3, 4).bfloat16().T
