@@ -15,6 +15,7 @@ of the chunks to the first tenth after the memory has filled.
     sparse      the fast pass with persistent memory: 6 frames in full, 25 % of a window of 6
     sparse@128  the same in blocks of 128 tokens instead of 64
     sparse@128:fp8+router_once    with options of `FastOptions`, joined by +; dense: and window: take fp8
+    sparse:offload        pages in the host's memory, a layer at a time on the device
     sparse:novelty+page_bits8+quarters    blocks kept by novelty, finished pages in 8 bits, chosen by their quarters
     sparse:composable, sparse:eager    without fused kernels; without graphs
 Every mode runs a 5 s video from an empty memory and then goes on in the steady state, both after warm-up streams, for
@@ -270,8 +271,9 @@ class FullSize:
         if name == "sparse":
             keep = "novelty" if "novelty" in extras else "attention"
             bits, router = 8 if "page_bits8" in extras else 16, "quarters" if "quarters" in extras else "mean"
-            attention = replace(attention, keep=keep, page_bits=bits, router=router)
-            extras -= {"novelty", "page_bits8", "quarters"}
+            away = "offload" in extras
+            attention = replace(attention, keep=keep, page_bits=bits, router=router, offload_pages=away)
+            extras -= {"novelty", "page_bits8", "quarters", "offload"}
         plain = {"composable", "eager"} & extras
         options = fast.FastOptions(
             graphs=not (args.no_graphs or plain), **dict.fromkeys(extras - plain, True)
@@ -449,6 +451,7 @@ class EagerLoop:
 
     def reset(self) -> None:
         self.frame = self.filled = self.new = 0
+        self.noisy = False
 
     def begin_chunk(self, frames: int) -> None:
         self.new = frames * self.size.frame_tokens

@@ -184,6 +184,16 @@ class SparseForcingApply(io.ComfyNode):
                         "paper. quarters: four, which finds more of what the model wants to see, for some time."
                     ),
                 ),
+                io.Boolean.Input(
+                    "offload_pages",
+                    optional=True,
+                    default=False,
+                    advanced=True,
+                    tooltip=(
+                        "Mode sparse: the memory of past frames rests in the computer's memory and comes to the "
+                        "graphics card layer by layer. The same video, slower; for cards that are too small."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(

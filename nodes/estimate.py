@@ -19,6 +19,7 @@ from ..sparse_attn.estimate import (
     activation_bytes,
     fit_budget,
     gigabytes,
+    host_bytes,
     memory_bytes,
     parts,
     pass_flops,
@@ -219,6 +220,8 @@ class Estimate:
             ", ".join(f"{name} {gigabytes(size)}" for name, size in parts(need))
             + f": {gigabytes(need.total)}"
         )
+        if away := host_bytes(plan):
+            yield f"In the computer's memory: {gigabytes(away)} of past frames, copied once a pass."
         yield _against_the_device(need.total, self.model.load_device)
         if self.vae is None:
             yield "Decoding is not counted: connect a VAE."
@@ -266,6 +269,7 @@ def describe(attention: AttentionConfig) -> str:
     return (
         f"mode sparse, window_frames {attention.window_frames}, persistent_frames {attention.persistent_frames}, "
         f"topk {attention.topk:g}, pages in {attention.page_bits} bits"
+        + (" in the computer's memory" if attention.offload_pages else "")
     )
 
 

@@ -34,7 +34,7 @@ class SamplingRun:
 
     `total_frames` (latent) is what mode "dense" allocates for. `reserve_bytes`: device memory needed beside the model.
     `rereads`: the prompt may change, and the recent frames run again. Implements the memory side of `rollout.stream`:
-    `begin_chunk(frames)` and `end_chunk()`.
+    `begin_chunk(frames)`, `noisy` and `end_chunk()`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class SamplingRun:
         self.states: dict[Hashable, StreamState] = {}
         self.frame = 0
         self._frames = 0
+        self._noisy = False
         self._seen: set[Hashable] = set()
 
     @property
@@ -71,8 +72,19 @@ class SamplingRun:
         recent = RECENT_FRAMES if self.attention.mode == "dense" else self.attention.window_frames
         return max(self.chunk_frames, min(recent, self.total_frames))
 
+    @property
+    def noisy(self) -> bool:
+        """Whether another pass over the open chunk follows the next one."""
+        return self._noisy
+
+    @noisy.setter
+    def noisy(self, value: bool) -> None:
+        self._noisy = value
+        for state in self.states.values():
+            state.noisy = value
+
     def begin_chunk(self, frames: int) -> None:
-        self._frames = frames
+        self._frames, self._noisy = frames, False
         for state in self.states.values():
             state.begin_chunk(frames)
 
@@ -118,6 +130,7 @@ class SamplingRun:
             )
         state = self.new_state(network, x.shape, batch, x.dtype, x.device)
         state.begin_chunk(self._frames)
+        state.noisy = self.noisy
         self.states[key] = state
         return state
 

@@ -121,6 +121,8 @@ def add_attention_options(make: argparse.ArgumentParser) -> None:
     add("--router", choices=get_args(Router), default=base.router, help=help_text)
     help_text = "of finished blocks: 8 halves the memory of past frames, at half a percent of error"
     add("--page-bits", type=int, choices=get_args(PageBits), default=base.page_bits, help=help_text)
+    help_text = "finished blocks rest in the host's memory: less on the device, slower"
+    add("--offload-pages", action="store_true", default=base.offload_pages, help=help_text)
     help_text = "which old blocks stay: those attended to most, or those least like what is newer"
     add("--keep", choices=get_args(Keep), default=base.keep, help=help_text)
     add("--chunk", type=int, default=SamplerConfig().chunk_frames, help="latent frames made at a time")
@@ -182,11 +184,12 @@ def announcement(arguments: argparse.Namespace, pipeline: VideoPipeline, request
     start = f"{arguments.seconds:g} s is rounded up to " if rounded else ""
     if request.given is not None:
         start += f"{len(request.given)} given frame{'s' * (len(request.given) > 1)} and "
+    host = f" and {size(need.host)} in the host's memory" if need.host else ""
     pieces = f"{chunks} chunk{'s' * (chunks > 1)} of {request.sampler.chunk_frames} latent frames"
     return (
         f"{start}{pieces}: {frames} video frames, {frames / FPS:.2f} s, {request.width}x{request.height}\n"
         f"mode {request.attention.mode} on {pipeline.device}: {size(need.weights)} of weights, "
-        f"{size(need.cache)} of cache, and the activations of one chunk"
+        f"{size(need.cache)} of cache{host}, and the activations of one chunk"
     )
 
 
@@ -201,6 +204,7 @@ def configs(arguments: argparse.Namespace) -> tuple[AttentionConfig, SamplerConf
         keep=arguments.keep,
         page_bits=arguments.page_bits,
         router=arguments.router,
+        offload_pages=arguments.offload_pages,
         positions=arguments.positions,
         backend=arguments.backend,
     )

@@ -34,8 +34,8 @@ class AttentionConfig:
         least like those of newer blocks and of the sink, so that the memory holds what cannot be seen any more.
         `router` says by what blocks are chosen: "mean", one mean key and one mean query a block, as in the paper;
         "quarters", those of each quarter of a block, which finds more of the attention for more work. `page_bits` 8:
-        finished pages rest in 8 bits, half of the memory; the open chunk is exact. `block_tokens` and `backend`, too,
-        belong to this mode.
+        finished pages rest in 8 bits, half of the memory; the open chunk is exact. With `offload_pages` they rest in
+        the host's memory and come to the device layer by layer. `block_tokens` and `backend`, too, belong to this mode.
     positions "absolute": keys keep the rotation of their frame index. "rebased": temporal distances stay inside the
         window for any length (see `positions`).
     """
@@ -53,6 +53,7 @@ class AttentionConfig:
     keep: Keep = "attention"
     page_bits: PageBits = 16
     router: Router = "mean"
+    offload_pages: bool = False
 
     def topk_after(self, frames: int) -> float:
         """The share of the window that a chunk with `frames` latent frames of history reads."""

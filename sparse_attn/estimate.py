@@ -110,8 +110,13 @@ class Need:
 
 
 def memory_bytes(plan: Plan) -> int:
-    """Bytes of the memory of all sides: exactly what the run will allocate for it, from its first chunk to its last."""
+    """Bytes on the device of the memory of all sides: exactly what the run will allocate, from first chunk to last."""
     return plan.sides * plan.state().nbytes
+
+
+def host_bytes(plan: Plan) -> int:
+    """Bytes of the memory of all sides that rest with the host, with `offload_pages`."""
+    return plan.sides * plan.state().host_bytes
 
 
 def activation_bytes(plan: Plan) -> int:
@@ -172,7 +177,8 @@ def fit_budget(plan: Plan, budget: int, need: Callable[[Plan], Need]) -> Plan:
     raise ValueError(
         f"Nothing fits into {gigabytes(budget)}: the least is {gigabytes(sizes.total)}, of which "
         f"{', '.join(f'{name} {gigabytes(size)}' for name, size in parts(sizes))}. "
-        f"Use a larger budget, a smaller picture than {plan.width} x {plan.height}, or weights in fp8 or GGUF."
+        f"Use a larger budget, a smaller picture than {plan.width} x {plan.height}, weights in fp8 or GGUF, or mode "
+        "sparse with offload_pages."
     )
 
 

@@ -248,7 +248,7 @@ class FastPass:
         inputs = Inputs(x_BCFHW, timestep_BF, cos, sin, self._tables)
         kind = self._kind(clean)
         shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), cross_kv[0][0]))
-        key = (kind, shapes, x_BCFHW.dtype, self._extent())
+        key = (kind, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores)
         kept = self._kept_of(inputs) if kind != EXACT else None
         if graph := self._graph_for(key, inputs, cross_kv, kept):
             flow, shares = self._replay(graph, inputs, cross_kv), graph.shares
@@ -402,7 +402,8 @@ class FastPass:
             q_blocks, pooled_q = fused.norm_rope_to_pages(
                 *parts, rows, current, *pages, means, backend=self.backend
             )
-            cache.store(layer, current)
+            if memory.stores:
+                cache.store(layer, current)
             if cache.quarters:
                 pooled_q = cache.pool_written(layer, current, pages[0], q_blocks)
         reading = cache, pages, persistent, window
@@ -470,9 +471,9 @@ class FastPass:
     def _why_no_graph(self) -> str | None:
         if not self.options.graphs:
             return "switched off"
-        device = next(iter(self.memory.cache.tensors().values())).device
+        device = self.model.head.head.weight.device
         if device.type != "cuda":
-            return f"the memory is on {device}"
+            return f"the model is on {device}"
         return self.graphs.failure
 
     def _graph_for(self, key: tuple, inputs: Inputs, cross_kv: CrossKV, kept: Kept | None) -> Graph | None:

@@ -29,6 +29,7 @@ class FrameCache:
     """
 
     scratch: tuple[Tensor, ...] = ()  # it needs no tensor but those that it keeps
+    host: None = None  # and keeps none with the host
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from ..kernels import pool_pages
 from ..kernels.fused import Pages8, pack_pages, unpack_pages
 from .config import QUARTERS, AttentionConfig
 from .geometry import BlockGeometry, least_tokens
+from .offload import HostLayers
 from .positions import shift_time
 from .router import part_lens, part_means
 
@@ -43,7 +44,8 @@ class PagedKV:
     `router` "quarters" [L, G, S, 4, D]); table
     [L, G, S] int64, the permutation of slots described above. least_tokens: what every page in use holds at least.
     With `page_bits` 8 pages are int8, beside `scales`: of keys [L, G, S, D] and values [L, G, S, T], float32; they
-    are unpacked into `scratch`, keys and values [G, S, T, D] of one layer after another.
+    are unpacked into `scratch`, keys and values [G, S, T, D] of one layer after another. With `offload_pages` pages are
+    in the host's memory, and `scratch` also has room for two layers' (`host`).
     S = (persistent_frames + window_frames) / chunk_frames * blocks a chunk.
     """
 
@@ -70,13 +72,22 @@ class PagedKV:
         page_shape = (*table_shape, attention.block_tokens, head_dim)
         eight = attention.page_bits == 8
         stored = torch.int8 if eight else dtype
-        self.k_pages, self.v_pages = (torch.zeros(page_shape, dtype=stored, device=device) for _ in range(2))
         self.scales: list[Tensor] = []
         self.scratch: list[Tensor] = []
+        self.host: HostLayers | None = None
+        if attention.offload_pages:
+            self.host = HostLayers(2, page_shape, stored, device)
+            self.k_pages, self.v_pages = self.host.tensors
+            self.scratch += self.host.room
+        else:
+            self.k_pages, self.v_pages = (
+                torch.zeros(page_shape, dtype=stored, device=device) for _ in range(2)
+            )
         if eight:
             sides = (head_dim, attention.block_tokens)
             self.scales = [torch.zeros(*table_shape, side, device=device) for side in sides]
-            self.scratch = [torch.zeros(page_shape[1:], dtype=dtype, device=device) for _ in range(2)]
+            self.unpacked = [torch.zeros(page_shape[1:], dtype=dtype, device=device) for _ in range(2)]
+            self.scratch += self.unpacked
         self.quarters = attention.router == "quarters"
         seen = (QUARTERS, head_dim) if self.quarters else (head_dim,)
         self.pooled = torch.zeros(*table_shape, *seen, device=device)
@@ -111,6 +122,8 @@ class PagedKV:
         Makes the tables that `write` and the router use: current [L, G, NB] int64, persistent_slots [L, G, NP] and
         window_slots [L, G, NW] int32, the latter with the current chunk at its end.
         """
+        if self.host:
+            self.host.join()
         self.chunk = self.geometry(frames)
         start = self.capacity + sum(chunk.blocks for chunk in self.window)
         stop = start + self.chunk.num_blocks
@@ -126,33 +139,47 @@ class PagedKV:
         self.page_block.scatter_(2, self.current, numbers.expand(shape))
         return self.time if self.attention.positions == "rebased" else frame
 
+    @property
+    def apart(self) -> bool:
+        """Whether pages rest elsewhere than where they are read, so that what is written must be stored."""
+        return bool(self.scales) or self.host is not None
+
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values [G, S, T, D], to read, and to write the open chunk's into. In 8 bits they are a
-        copy, good until another layer's are asked for, and what is written is kept by `store`."""
+        """A layer's keys and values [G, S, T, D], to read, and to write the open chunk's into. Where they rest `apart`
+        they are a copy, good until another layer's are asked for, and what is written is kept by `store`."""
+        k_pages, v_pages = self.host.take(layer) if self.host else (self.k_pages[layer], self.v_pages[layer])
         if not self.scales:
-            return self.k_pages[layer], self.v_pages[layer]
-        k, v = self.scratch
-        unpack_pages(self._packed(layer), k, v, backend=self.attention.backend)
+            return k_pages, v_pages
+        k, v = self.unpacked
+        unpack_pages(self._packed(layer, k_pages, v_pages), k, v, backend=self.attention.backend)
         return k, v
 
     def store(self, layer: int, slots: Tensor, values: bool = True) -> None:
         """Keep what was written at `slots` [G, n] of the layer's `pages`; without `values` the keys."""
         if self.scales:
-            k, v = self.scratch
-            pack_pages(k, v, slots, self._packed(layer), values=values, backend=self.attention.backend)
+            k_pages, v_pages = self.host.at(layer) if self.host else (self.k_pages[layer], self.v_pages[layer])
+            packed = self._packed(layer, k_pages, v_pages)
+            k, v = self.unpacked
+            pack_pages(k, v, slots, packed, values=values, backend=self.attention.backend)
+        if self.host:
+            self.host.keep(layer, None if values else 1)
 
-    def _packed(self, layer: int) -> Pages8:
+    def _packed(self, layer: int, k_pages: Tensor, v_pages: Tensor) -> Pages8:
         k_scale, v_scale = self.scales
-        return Pages8(self.k_pages[layer], k_scale[layer], self.v_pages[layer], v_scale[layer])
+        return Pages8(k_pages, k_scale[layer], v_pages, v_scale[layer])
 
-    def write(self, layer: int, k_blocks: Tensor, v_blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the open chunk's blocks [G, NB, T, D] and pool their keys; returns the layer's `pages`."""
+    def write(
+        self, layer: int, k_blocks: Tensor, v_blocks: Tensor, store: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Write the open chunk's blocks [G, NB, T, D] and pool their keys; returns the layer's `pages`. Without `store`
+        what rests `apart` is not changed: good for this pass alone."""
         at = (self._groups, self.current[layer])
         k_pages, v_pages = self.pages(layer)
         k_pages[at] = k_blocks.to(k_pages.dtype)
         v_pages[at] = v_blocks.to(v_pages.dtype)
         self.pooled[layer][at] = self.pool(k_blocks, self.chunk_lens)
-        self.store(layer, self.current[layer])
+        if store:
+            self.store(layer, self.current[layer])
         return k_pages, v_pages
 
     def pool(self, blocks: Tensor, lens: Tensor) -> Tensor:

@@ -140,10 +140,12 @@ class _StopEarly(Exception):
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a request needs for certain; activations of one chunk come on top."""
+    """Bytes that a request needs for certain; activations of one chunk come on top. host: of the cache, off the
+    device."""
 
     weights: int
     cache: int
+    host: int = 0
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -229,7 +231,8 @@ class VideoPipeline:
         weights = sum(
             p.numel() * p.element_size() for m in (self.dit, self.text, self.vae) for p in m.parameters()
         )
-        return MemoryNeed(weights, new_memory(self.widths, request, self.dtype).nbytes)
+        memory = new_memory(self.widths, request, self.dtype)
+        return MemoryNeed(weights, memory.nbytes, memory.host_bytes)
 
     def generate(self, request: Request, on_pass: OnPass | None = None) -> Iterator[VideoChunk]:
         """Decoded chunks as they are finished. Raises ValueError at once, as `check` does.

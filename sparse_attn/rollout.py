@@ -30,6 +30,7 @@ class Memory(Protocol):
     """What the rollout needs of a memory: `StreamState`, or several kept in step."""
 
     frame: int  # latent frame at which the next chunk starts
+    noisy: bool  # set before a pass: whether another one follows, and writes the open chunk again
 
     def begin_chunk(self, frames: int) -> None: ...
 
@@ -85,7 +86,7 @@ def stream(
         clean = clean_last or total is None or index * sampler.chunk_frames + frames < total
         began, start_frame = time.perf_counter(), memory.frame
         memory.begin_chunk(frames)
-        latent = _denoise_chunk(denoise, sampler.sigmas_of(index), x, seed, index, on_pass, clean)
+        latent = _denoise_chunk(denoise, memory, sampler.sigmas_of(index), x, seed, index, on_pass, clean)
         if clean:
             memory.end_chunk()
         x = first_x(index + 1)  # the host draws while the device still computes
@@ -152,6 +153,7 @@ def _plan(
 
 def _denoise_chunk(
     denoise: Denoise,
+    memory: Memory,
     sigmas: tuple[float, ...],
     x: Tensor,
     seed: int | tuple[int, ...],
@@ -161,7 +163,7 @@ def _denoise_chunk(
 ) -> Tensor:
     """All passes of one chunk from x at the first sigma; returns the finished latent, float32."""
     passes = len(sigmas) + clean
-    x0 = x
+    x0, memory.noisy = x, True
     for step, sigma in enumerate(sigmas):
         if step > 0:
             fresh = upload(draw_noise(x0.shape, seed, index, step - 1), x0.device)
@@ -170,6 +172,7 @@ def _denoise_chunk(
         if on_pass is not None:
             on_pass(index, step, passes, x0)
     if clean:
+        memory.noisy = False
         denoise(x0, 0.0)
         if on_pass is not None:
             on_pass(index, passes - 1, passes, x0)

@@ -152,7 +152,10 @@ class StreamState:
             out = self._attend_sparse(self.cache, layer, q_stored, k, v)
         else:
             out = self._attend_dense(self.cache, layer, q_stored, k, v)
-        self._attended.add(layer)
+        if self.stores:
+            self._attended.add(layer)
+        else:
+            self._attended.discard(layer)
         return out.to(q.dtype)
 
     def end_chunk(self) -> None:
@@ -168,7 +171,15 @@ class StreamState:
 
     def wrote_all(self) -> None:
         """Say that a pass wrote the open chunk's keys and values in every layer without `attend` (see `fast`)."""
-        self._attended.update(range(self.layers))
+        self._attended.clear()
+        if self.stores:
+            self._attended.update(range(self.layers))
+
+    @property
+    def stores(self) -> bool:
+        """Whether a pass stores what it writes: not one whose pages another pass is about to write again, where they
+        rest apart from where they are read."""
+        return not (self.noisy and isinstance(self.cache, PagedKV) and self.cache.apart)
 
     def recent_frames(self, keep_sink: bool = True) -> int:
         """Latent frames of the recent window, which a change of the prompt reads again.
@@ -206,6 +217,7 @@ class StreamState:
 
     def _close(self) -> None:
         self.open_frames = 0  # latent frames of the open chunk, 0 between chunks
+        self.noisy = False  # whoever makes the passes may say so before one that another one follows in this chunk
         self._attended: set[int] = set()
 
     def _attend_dense(self, cache: FrameCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -215,9 +227,11 @@ class StreamState:
 
     def _attend_sparse(self, cache: PagedKV, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_blocks, k_blocks, v_blocks = (cache.chunk.pack(x) for x in (q, k, v))
-        if cache.scales and torch.is_grad_enabled() and k.requires_grad:
-            raise ValueError("page_bits 8 is for generating: train with page_bits 16.")
-        pages = cache.write(layer, k_blocks.detach(), v_blocks.detach())
+        if cache.apart and torch.is_grad_enabled() and k.requires_grad:
+            raise ValueError(
+                "page_bits 8 and offload_pages are for generating: train with page_bits 16, without offload_pages."
+            )
+        pages = cache.write(layer, k_blocks.detach(), v_blocks.detach(), self.stores)
         lists, cache.shares[layer] = choose_blocks(
             cache.pool(q_blocks.detach(), cache.chunk_lens),
             cache.pooled[layer],
@@ -246,9 +260,14 @@ class StreamState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory, the same from the first chunk to the last."""
+        """Bytes of the memory on its device, the same from the first chunk to the last."""
         tensors = [*self.cache.tensors().values(), *self.cache.scratch]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) - self.host_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the memory that rest with the host, with `offload_pages`."""
+        return self.cache.host.nbytes if self.cache.host else 0
 
     def describe(self) -> dict[str, int | str]:
         """What is remembered now, in numbers for people: no tensor is read, so nothing waits for the device."""
@@ -274,6 +293,8 @@ class StreamState:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Everything that finished chunks left, as CPU tensors by name, fit for safetensors; not an open chunk."""
+        if self.cache.host:
+            self.cache.host.wait()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.cache.tensors().items()}
         counters = self.cache.counters() | {"frame": [self.frame]}
         facts = {f"config.{name}": [value] for name, value in self._identity().items()}
@@ -284,10 +305,12 @@ class StreamState:
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Continue where `snapshot` was taken, bit for bit. Raises ValueError, and changes nothing, if it does not fit.
 
-        `topk`, `dense_first_chunk`, `sink_ema`, `keep`, `backend` and `dense_attention` may differ from the saved
-        stream's.
+        `topk`, `dense_first_chunk`, `sink_ema`, `keep`, `offload_pages`, `backend` and `dense_attention` may differ
+        from the saved stream's.
         """
         self.check_fit(snapshot)
+        if self.cache.host:
+            self.cache.host.wait()
         for name, tensor in self.cache.tensors().items():
             tensor.copy_(snapshot[name])
         self.cache.load_counters({name: snapshot[name].tolist() for name in self.cache.counters()})

@@ -45,6 +45,7 @@ FROZEN = {
             "keep",
             "page_bits",
             "router",
+            "offload_pages",
         ],
         "outputs": ["MODEL"],
     },

@@ -27,6 +27,7 @@ MODES = {
     "sparse": AttentionConfig(**SPARSE),
     "sparse-rebased": AttentionConfig(**SPARSE, positions="rebased"),
     "sparse-novelty": AttentionConfig(**SPARSE, keep="novelty"),
+    "sparse-offloaded": AttentionConfig(**SPARSE, offload_pages=True),
 }
 
 
@@ -140,7 +141,7 @@ def test_the_choice_is_said(caplog):
     with caplog.at_level("INFO", "sparse_forcing.fast"):
         run, why = choose_pass(model, new_memory(model, MODES["sparse"]))
     assert isinstance(run, FastPass) and "fast pass (exact)" in why and why in caplog.text
-    assert run.describe()["no_graphs"] == "the memory is on cpu"
+    assert run.describe()["no_graphs"] == "the model is on cpu"
     model.blocks[1].register_forward_hook(lambda *args: None)
     run, why = choose_pass(model, new_memory(model, MODES["sparse"]))
     assert isinstance(run, ComposablePass) and why == "composable pass: blocks.1 has forward hooks"
@@ -267,7 +268,7 @@ SHARING = [
 
 
 @pytest.mark.parametrize("options", SHARING, ids=lambda o: "+".join(o.approximate) or "exact")
-@pytest.mark.parametrize("mode", ["dense", "window", "sparse", "sparse-rebased"])
+@pytest.mark.parametrize("mode", ["dense", "window", "sparse", "sparse-rebased", "sparse-offloaded"])
 def test_graphs_change_nothing(graphs, mode, options):
     model, chunks = new_model(), latents([3] * 6)
     results = []
@@ -412,6 +413,8 @@ GPU_MODES = {
     "dense": AttentionConfig(mode="dense"),
     "window": AttentionConfig(mode="window", window_frames=12, positions="rebased"),
     "sparse": AttentionConfig(positions="rebased"),
+    "sparse-offloaded": AttentionConfig(positions="rebased", offload_pages=True),
+    "sparse-novelty-8 bits-offloaded": AttentionConfig(keep="novelty", page_bits=8, offload_pages=True),
 }
 
 
@@ -436,7 +439,7 @@ def test_cuda_graphs_change_no_bit(mode, options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs_on", [True, False])
-@pytest.mark.parametrize("mode", ["window", "sparse"])
+@pytest.mark.parametrize("mode", ["window", "sparse", "sparse-offloaded"])
 def test_the_host_never_waits_in_a_pass(mode, graphs_on):
     model, grid = full_width(torch.bfloat16), (30, 52)
     chunks, kv = cuda_inputs(model, grid)

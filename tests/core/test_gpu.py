@@ -30,8 +30,10 @@ MODES = [
     AttentionConfig(keep="novelty"),
     AttentionConfig(positions="rebased", page_bits=8),
     AttentionConfig(positions="rebased", router="quarters"),
+    AttentionConfig(positions="rebased", offload_pages=True),
+    AttentionConfig(keep="novelty", page_bits=8, offload_pages=True),
 ]
-IDS = [f"{a.mode}-{a.positions}-{a.keep}-{a.page_bits}-{a.router}" for a in MODES]
+IDS = [f"{a.mode}-{a.positions}-{a.keep}-{a.page_bits}-{a.router}-{a.offload_pages}" for a in MODES]
 
 
 @contextmanager

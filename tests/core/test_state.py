@@ -196,11 +196,12 @@ MODES = [
     AttentionConfig(block_tokens=16, keep="novelty"),
     AttentionConfig(block_tokens=16, positions="rebased", page_bits=8),
     AttentionConfig(block_tokens=16, positions="rebased", router="quarters"),
+    AttentionConfig(block_tokens=16, positions="rebased", offload_pages=True),
 ]
 NAMES = [
     f"{attention.mode}-{attention.positions}{'-moving sink' if attention.sink_ema else ''}"
     f"{'-novelty' if attention.keep == 'novelty' else ''}{'-8 bits' if attention.page_bits == 8 else ''}"
-    f"{'-quarters' if attention.router == 'quarters' else ''}"
+    f"{'-quarters' if attention.router == 'quarters' else ''}{'-offloaded' if attention.offload_pages else ''}"
     for attention in MODES
 ]
 

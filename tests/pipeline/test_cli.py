@@ -176,7 +176,8 @@ def test_the_options_reach_the_request(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "write_video", lambda pipeline, request, out, sheet: seen.append(request) or 0)
     options = (
         "--mode window --window 9 --sink 2 --persistent 3 --topk 0.5 --positions rebased --backend reference "
-        "--no-dense-first-chunk --keep novelty --page-bits 8 --router quarters"
+        "--no-dense-first-chunk --keep novelty --page-bits 8 --router quarters "
+        "--offload-pages"
     )
     assert run(*SMALL, *options.split(), "--chunk", "3", "--seed", "9", "--frames", "21") == 0
     (request,) = seen
@@ -184,7 +185,7 @@ def test_the_options_reach_the_request(tiny, tmp_path, monkeypatch):
     assert (attention.mode, attention.window_frames, attention.sink_frames) == ("window", 9, 2)
     assert (attention.persistent_frames, attention.topk, attention.positions) == (3, 0.5, "rebased")
     assert (attention.dense_first_chunk, attention.keep) == (False, "novelty")
-    assert (attention.page_bits, attention.router) == (8, "quarters")
+    assert (attention.page_bits, attention.router, attention.offload_pages) == (8, "quarters", True)
     assert (attention.backend, request.seed, request.latent_frames) == ("reference", 9, 6)
     assert (request.width, request.height, request.prompt) == (64, 48, SMALL[2])
 

@@ -115,6 +115,14 @@ def check_an_estimate_loads_nothing():
     fails("window_frames 6 is not a whole number of chunks of 4", estimate, model, chunk_frames=4)
 
 
+def check_an_estimate_tells_what_rests_with_the_computer():
+    model = tiny_model()
+    _, here, _ = estimate(apply(model, **MODES["sparse"]))
+    _, away, _ = estimate(apply(model, **MODES["sparse"], offload_pages=True))
+    assert "computer's memory" not in here
+    assert "pages in 16 bits in the computer's memory" in away and "of past frames, copied once a pass" in away
+
+
 def check_a_budget_gives_settings_that_fit_or_says_why_not():
     model, key = apply(tiny_model(), window_frames=12, persistent_frames=9), pack("nodes.session").ATTENTION
     module, big = pack("nodes.estimate"), {"width": 512, "height": 512, "seconds": 5.0}

@@ -98,6 +98,17 @@ def check_pages_in_8_bits_are_near_16():
     assert not torch.equal(near, exact)
 
 
+def check_pages_in_the_computers_memory_change_nothing():
+    """With guidance two memories share the way to the device."""
+    model, x = tiny_model(), noise(15)
+    for cfg in (1.0, 3.0):
+        here, away = (
+            sample(apply(model, **MODES["sparse"], offload_pages=offload), our_sampler(3), x, cfg=cfg)
+            for offload in (False, True)
+        )
+        assert torch.equal(here, away)
+
+
 def check_cfg_keeps_two_caches_of_a_batch():
     model, x = tiny_model(), noise(9, batch=2)
     for mode in ("sparse", "window", "dense"):

@@ -1,0 +1,106 @@
+"""Tensors of all layers that rest in the host's memory: the layer in use and the one after it are on the device.
+
+A pass takes the layers in their order, so the next one can be copied while this one computes: the copies run on a
+stream of their own, from and to memory that the device reads by itself (pinned). On a CPU everything is a plain copy.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("sparse_forcing.offload")
+
+
+class HostLayers:
+    """`count` tensors [L, *shape] of one dtype in the host's memory, zeros at first, and two layers' room on `device`.
+
+    take -> change in place -> keep, layer by layer; what is not kept is lost when the second layer after it is taken.
+    Nothing waits: the device's current stream waits for copies, and they for it. On device "meta" nothing is allocated.
+    """
+
+    def __init__(
+        self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.device = torch.device(device)
+        self.tensors = [_host_zeros(shape, dtype, self.device) for _ in range(count)]
+        room = [torch.zeros(2, *shape[1:], dtype=dtype, device=device) for _ in range(count)]
+        self.room = room  # [2, ...] each: of even and of odd layers
+        self._copies = _stream_of(self.device) if self.device.type == "cuda" else None
+        self._ahead: tuple[int, torch.cuda.Event | None] | None = None  # the layer that is on its way
+
+    def take(self, layer: int) -> list[Tensor]:
+        """The tensors of a layer on the device, as they were kept; the copy of the next one begins."""
+        if self._ahead is None or self._ahead[0] != layer:
+            self._load(layer)
+        assert self._ahead is not None
+        if self._ahead[1] is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._ahead[1])
+        self._ahead = None
+        if layer + 1 < len(self.tensors[0]):
+            self._load(layer + 1)
+        return self.at(layer)
+
+    def at(self, layer: int) -> list[Tensor]:
+        """Where `take` has put a layer."""
+        return [both[layer % 2] for both in self.room]
+
+    def keep(self, layer: int, first: int | None = None) -> None:
+        """Copy a layer that was taken back to the host's memory, or only its `first` tensors."""
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            for tensor, there in list(zip(self.tensors, self.at(layer)))[:first]:
+                tensor[layer].copy_(there, non_blocking=True)
+        if layer + 1 == len(self.tensors[0]):
+            self.join()  # a pass ends with all of its copies
+
+    def join(self) -> None:
+        """Let what the device does next wait for all copies."""
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+
+    def wait(self) -> None:
+        """Wait until all copies are done, so that the host may read."""
+        if self._copies is not None:
+            self._copies.synchronize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the host's memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    def _load(self, layer: int) -> None:
+        """Begin to copy a layer to the device, behind what uses its room now."""
+        arrived = None
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            for tensor, there in zip(self.tensors, self.at(layer)):
+                there.copy_(tensor[layer], non_blocking=True)
+            if self._copies is not None:
+                arrived = self._copies.record_event()
+        self._ahead = layer, arrived
+
+
+def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros in the host's memory, pinned where a CUDA device is to read them and as much can be pinned."""
+    if device.type != "cuda":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        logger.warning(
+            "The memory of past frames cannot be pinned in the host's memory (%s): copying it will be slow.",
+            str(error).strip().splitlines()[0],
+        )
+        return torch.zeros(shape, dtype=dtype)
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One a device, for all streams of video."""
+    return torch.cuda.Stream(device)
