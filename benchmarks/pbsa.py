@@ -522,6 +522,36 @@ def sweep_backward(case: Case, clock: Clock, report: Report, deadline: float) ->
         )
 
 
+def sweep_router(tokens: int, keys: int, clock: Clock, report: Report, deadline: float) -> None:
+    """The router in two launches and in one with several tiles; `right` where the lists are those of two."""
+    router = import_module(f"{PACK}.kernels.pbsa.triton.router")
+    device = clock.flush.device
+    draw = torch.Generator(device).manual_seed(0)
+    slots, blocks = keys // tokens, -(-QUERIES // tokens)
+    pooled_q, pooled_k = (torch.randn(HEADS, n, DIM, generator=draw, device=device) for n in (blocks, slots))
+    always, local = split_slots(slots, 4096 // tokens, device)
+    kept = router.CHOOSE_TILE, router.CHOOSE_SLOTS_A_WARP, router.CHOOSE_SLOTS
+
+    def run():
+        return route(pooled_q, pooled_k, always, local, local.shape[1] // 4, backend="triton")
+
+    router.CHOOSE_SLOTS = 0
+    expected, label = run()[0].idx, f"router, {blocks} x {slots} blocks of {tokens}"
+    found = [(clock.ms(run), "two launches", True)]
+    for rows, step, warps in itertools.product((1, 2, 4, 8), (4, 8, 16), (1, 2, 4)):
+        if time.monotonic() > deadline or rows * step * slots > 2**16 * warps:
+            continue
+        router.CHOOSE_TILE, router.CHOOSE_SLOTS = {"ROWS": rows, "STEP": step}, slots
+        router.CHOOSE_SLOTS_A_WARP = slots // warps
+        name = f"one launch, {rows} rows, steps of {step}, {warps} warps"
+        same = attempt(name, lambda: (run()[0].idx == expected).float().mean().item())
+        if same is not None:
+            found.append((clock.ms(run), name, same > 0.999))  # of nearly equal scores either may win
+    router.CHOOSE_TILE, router.CHOOSE_SLOTS_A_WARP, router.CHOOSE_SLOTS = kept
+    for ms, name, right in sorted(found):
+        report.add("sweep", label, name, ms, right=right)
+
+
 # ---------------------------------------------------------------------------------------------- main
 
 
@@ -585,6 +615,9 @@ def main() -> None:
             for tokens in (128, 64):
                 case = Case(tokens, 32768, 0.2)
                 attempt("sweep", lambda case=case: sweep_backward(case, clock, report, deadline))
+        if "router" in args.only:
+            for tokens in (128, 64):
+                attempt("sweep", lambda tokens=tokens: sweep_router(tokens, 32768, clock, report, deadline))
     else:
         measure(args, clock, report)
     attempt("plot", report.plot)

@@ -3,8 +3,8 @@
 Persistent pages are read by everybody. Of the window, the current chunk included, each query block reads the share
 `topk` with the best pooled scores, per layer and head. The softmax of the same scores says what each block gives every
 page; summed over the blocks it is the pages' importance, by which the memory later decides what to keep (arXiv
-2604.21221, local selection and memory update). The scoring itself is `kernels.route`; that of
-blocks in parts is here.
+2604.21221, local selection and memory update). The scoring itself is `kernels.route`, or of blocks in
+parts `kernels.route_parts`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels import BlockLists, pool_pages, route
+from ..kernels import BlockLists, pool_pages, route, route_parts
 from .config import QUARTERS
 
 
@@ -43,17 +43,7 @@ def choose_blocks(
     kept = kept_blocks(topk, window.shape[1])
     if parts is None:
         return route(pooled_q, pooled_k, persistent, window, kept, backend=backend)
-    slots = torch.cat([persistent, window], dim=1).long()
-    groups = torch.arange(len(slots), device=slots.device)[:, None]
-    shares = shares_of_parts(pooled_q, pooled_k[groups, slots], parts[0], parts[1][groups, slots])
-    fixed = persistent.shape[1]
-    best = shares[..., fixed:].topk(kept).indices + fixed
-    always = torch.arange(fixed, device=slots.device).expand(*best.shape[:2], -1)
-    listed = slots[:, None].expand(-1, best.shape[1], -1).gather(2, torch.cat([always, best], dim=2))
-    idx = listed.sort(-1).values.to(torch.int32)
-    return BlockLists(
-        idx, torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device)
-    ), shares
+    return route_parts(pooled_q, pooled_k, *parts, persistent, window, kept, backend=backend)
 
 
 def part_lens(lens: Tensor, block_tokens: int) -> Tensor:
@@ -68,16 +58,3 @@ def part_means(blocks: Tensor, lens: Tensor) -> Tensor:
     rows = blocks.unflatten(2, (QUARTERS, -1)).flatten(1, 2)
     means = pool_pages(rows, part_lens(lens, blocks.shape[2]).flatten(1))
     return means.float().unflatten(1, (-1, QUARTERS))
-
-
-def shares_of_parts(pooled_q: Tensor, pooled_k: Tensor, q_parts: Tensor, k_parts: Tensor) -> Tensor:
-    """What query blocks give key blocks, [G, NQ, M]: the softmax of each part of the queries, averaged.
-
-    pooled_q [G, NQ, R, D] and pooled_k [G, M, R, D], means of parts that hold q_parts [G, NQ, R] and k_parts [G, M, R]
-    tokens.
-    """
-    q_parts, k_parts = q_parts.float(), k_parts.float()
-    scores = pooled_q.flatten(1, 2) @ pooled_k.flatten(1, 2).mT / math.sqrt(pooled_k.shape[-1])
-    scores = scores + k_parts.log().flatten(1)[:, None]  # a part without tokens: -inf
-    by_part = scores.unflatten(2, k_parts.shape[1:]).logsumexp(-1).softmax(-1)  # [G, NQ * R, M]
-    return (by_part.unflatten(1, q_parts.shape[1:]) * q_parts[..., None]).sum(2) / q_parts.sum(-1)[..., None]

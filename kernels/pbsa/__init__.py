@@ -3,6 +3,6 @@
 Read `api` for the interface, `reference` for what the numbers mean, `constraints` for who may run where.
 """
 
-from .api import BlockLists, backend_report, pbsa_attention, pool_pages, route
+from .api import BlockLists, backend_report, pbsa_attention, pool_pages, route, route_parts
 
-__all__ = ["BlockLists", "backend_report", "pbsa_attention", "pool_pages", "route"]
+__all__ = ["BlockLists", "backend_report", "pbsa_attention", "pool_pages", "route", "route_parts"]

@@ -141,6 +141,44 @@ def route(
     return BlockLists(idx, cnt), shares
 
 
+def route_parts(
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    q_parts: Tensor,
+    k_parts: Tensor,
+    always: Tensor,
+    local: Tensor,
+    k: int,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[BlockLists, Tensor]:
+    """`route` by vectors of the parts of blocks: pooled_q [G, NQ, R, D] and pooled_k [G, S, R, D], means of parts that
+    hold q_parts [G, NQ, R] and k_parts [G, S, R] int32 tokens (0: an empty part; every block has one that is not).
+
+    Each part of the queries has a softmax over the parts of all candidates' keys, as if each of a part's tokens had its
+    mean; a page's share is the mean over the queries. -> as `route`; pages are kept by their shares. R is a power of 2.
+    """
+    _check_route(pooled_q.flatten(2), pooled_k.flatten(2), always, local, k)
+    groups, blocks, parts, dim = pooled_q.shape
+    expect("pooled_k", pooled_k, (groups, None, parts, dim), pooled_q.device, pooled_q.dtype, "[G, S, R, D]")
+    expect("q_parts", q_parts, (groups, blocks, parts), pooled_q.device, torch.int32, "[G, NQ, R]")
+    expect("k_parts", k_parts, tuple(pooled_k.shape[:3]), pooled_q.device, torch.int32, "[G, S, R]")
+    scale = dim**-0.5 if scale is None else float(scale)
+    keep = min(k, local.shape[1])
+    inputs = pooled_q, pooled_k, q_parts, k_parts, always, local, keep, scale
+    facts = pooled_q.device, pooled_q.dtype, dim, None, parts * pooled_k.shape[1]
+    with torch.no_grad():
+        match backend_for(backend, "route_parts", *facts):
+            case "triton":
+                from . import triton
+
+                idx, cnt, shares = triton.route_parts(*inputs)
+            case _:
+                idx, cnt, shares = reference.route_parts(*inputs)
+    return BlockLists(idx, cnt), shares
+
+
 def _check_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_len: Tensor, lists: BlockLists
 ) -> None:

@@ -98,20 +98,53 @@ def route(
     pooled_q: Tensor, pooled_k: Tensor, always: Tensor, local: Tensor, keep: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, cnt, shares [G, NQ, NA + NL]."""
-    blocks, fixed = pooled_q.shape[1], always.shape[1]
     candidates = torch.cat([always, local], dim=1).long()
     keys = pooled_k.gather(1, candidates[..., None].expand(-1, -1, pooled_k.shape[2]))
     scores = torch.bmm(pooled_q * scale, keys.transpose(1, 2))  # [G,NQ,NC]
+    return *_keep_best(scores, candidates, always.shape[1], keep), scores.softmax(-1)
+
+
+def route_parts(
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    q_parts: Tensor,
+    k_parts: Tensor,
+    always: Tensor,
+    local: Tensor,
+    keep: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `api.route_parts`; `keep` <= NL. Results as of `route`."""
+    candidates = torch.cat([always, local], dim=1).long()
+    groups = torch.arange(len(candidates), device=candidates.device)[:, None]
+    chosen = pooled_k[groups, candidates], k_parts[groups, candidates]
+    shares = shares_of_parts(pooled_q, chosen[0], q_parts, chosen[1], scale)
+    return *_keep_best(shares, candidates, always.shape[1], keep), shares
+
+
+def shares_of_parts(
+    pooled_q: Tensor, pooled_k: Tensor, q_parts: Tensor, k_parts: Tensor, scale: float
+) -> Tensor:
+    """What query blocks give key blocks, [G, NQ, M]: the softmax of each part of the queries, averaged.
+
+    pooled_q [G, NQ, R, D] and pooled_k [G, M, R, D], means of parts that hold q_parts [G, NQ, R] and k_parts [G, M, R]
+    tokens.
+    """
+    q_parts, k_parts = q_parts.to(pooled_q.dtype), k_parts.to(pooled_q.dtype)
+    scores = pooled_q.flatten(1, 2) @ pooled_k.flatten(1, 2).mT * scale
+    scores = scores + k_parts.log().flatten(1)[:, None]  # a part without tokens: -inf
+    by_part = scores.unflatten(2, k_parts.shape[1:]).logsumexp(-1).softmax(-1)  # [G, NQ * R, M]
+    return (by_part.unflatten(1, q_parts.shape[1:]) * q_parts[..., None]).sum(2) / q_parts.sum(-1)[..., None]
+
+
+def _keep_best(scores: Tensor, candidates: Tensor, fixed: int, keep: int) -> tuple[Tensor, Tensor]:
+    """Lists of the first `fixed` candidates [G, NC] and the `keep` best others by scores [G, NQ, NC] -> idx, cnt."""
     # a stable sort, because topk leaves the order of equal scores open
     best = scores[..., fixed:].sort(dim=-1, descending=True, stable=True).indices[..., :keep]
-    slots = candidates[:, None].expand(-1, blocks, -1)
+    slots = candidates[:, None].expand(-1, scores.shape[1], -1)
     kept = torch.cat([slots[..., :fixed], slots.gather(2, best + fixed)], dim=2)
     idx = kept.sort(-1).values.to(torch.int32)
-    return (
-        idx,
-        torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device),
-        scores.softmax(-1),
-    )
+    return idx, torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device)
 
 
 def _computing_dtype(x: Tensor) -> torch.dtype:

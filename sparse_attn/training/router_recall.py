@@ -15,10 +15,11 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from ...kernels import route_parts
 from ..config import AttentionConfig
 from ..memory import PagedKV
 from ..rollout import stream
-from ..router import kept_blocks, part_lens, part_means, shares_of_parts
+from ..router import kept_blocks, part_lens, part_means
 from ..state import StreamState
 from ..wan import WanModel
 from ..world.model import SAMPLER
@@ -57,13 +58,15 @@ class ProbedState(StreamState):
         pooled_k = cache.pooled[layer].gather(1, window)
         scores = pooled_q @ pooled_k.mT / math.sqrt(self.head_dim)
         sides = (q_blocks, cache.chunk_lens), pages
-        means, held = (part_means(*side) for side in sides), (part_lens(n, x.shape[2]) for x, n in sides)
-        by_quarters = shares_of_parts(*means, *held)[..., persistent:]
+        q_means, k_means = (part_means(*side) for side in sides)
+        q_parts, k_parts = (part_lens(n, x.shape[2]) for x, n in sides)
+        every = torch.arange(slots.shape[1], dtype=torch.int32, device=q.device).expand(len(slots), -1)
+        by_quarters = route_parts(q_means, k_means, q_parts, k_parts, every[:, :0], every, 0)[1]
         self._note("persistent", layer, mass[..., :persistent].sum(-1))
         self._note("rank", layer, rank_correlation(scores, local))
         for ratio in RATIOS:
             self._note((ratio, "router"), layer, recall(local, scores, ratio))
-            self._note((ratio, "quarters"), layer, recall(local, by_quarters, ratio))
+            self._note((ratio, "quarters"), layer, recall(local, by_quarters[..., persistent:], ratio))
             self._note((ratio, "oracle"), layer, recall(local, local, ratio))
 
     def _note(self, name, layer: int, value_GN: Tensor) -> None:

@@ -39,7 +39,8 @@ SHARED = {
 }  # a program's most
 SPILLED = 200  # bytes a thread: Hopper's 128x64 tile with 4 warps was measured faster than without spills
 BOTH = {"T": 64, "D": 128, "D_PAD": 128, "PADDING": 1, "PRECISION": "tf32"}
-INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt"} | {"position_of", "always", "local"}
+INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt", "position_of", "always", "local"}
+INTEGERS |= {"q_parts", "k_parts"}
 FLOATS = {"lse", "lse_log2", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores", "pooled"}
 HALVES = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "pages"}
 
@@ -149,3 +150,10 @@ def test_router(arch):
     check(router.pool, arch, {"T": 64, "D": 128, "D_PAD": 128}, 4, 3)
     check(router.score, arch, {"D": 128} | router.SCORE_TILE, 4, 3)
     check(router.select, arch, {"SLOTS": 512}, router.warps_for(512), 3)
+    for slots in (256, 512):
+        tile = {"D": 128, "SLOTS": slots} | router.CHOOSE_TILE
+        check(
+            router.choose, arch, tile, max(1, slots // router.CHOOSE_SLOTS_A_WARP), 3, f"choose among {slots}"
+        )
+        tile = {"D": 128, "PARTS": 4, "SLOTS": slots, "STEP": router.PARTS_STEP}
+        check(router.choose_by_parts, arch, tile, router.parts_warps(slots), 3, f"by parts among {slots}")

@@ -56,6 +56,9 @@ def test_opcheck_route():
     slots = torch.arange(5, dtype=torch.int32)[None]
     always, local = slots[:, :2].contiguous(), slots[:, 2:].contiguous()
     torch.library.opcheck(ops.route, (torch.randn(1, 3, 16), torch.randn(1, 5, 16), always, local, 2, 0.25))
+    parts = [torch.full((1, n, 4), 4, dtype=torch.int32) for n in (3, 5)]
+    vectors = torch.randn(1, 3, 4, 16), torch.randn(1, 5, 4, 16)
+    torch.library.opcheck(ops.route_parts, (*vectors, *parts, always, local, 2, 0.25))
 
 
 def test_compiles_in_one_graph(backend):

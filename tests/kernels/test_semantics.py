@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from pbsa_oracle import assert_within_eager_error, make_problem
-from sparse_forcing_pack.kernels import BlockLists, pbsa_attention, pool_pages, route
+from sparse_forcing_pack.kernels import BlockLists, pbsa_attention, pool_pages, route, route_parts
 
 SHAPES = [
     {"groups": 1, "blocks": 1, "slots": 1, "tokens": 16, "dim": 64, "longest": 1},
@@ -109,8 +109,15 @@ def test_strided_views_are_read_as_they_are(backend):
 
 @pytest.mark.parametrize(("slots", "fixed", "free"), [(5, 0, 4), (9, 3, 5), (70, 20, 33), (4, 3, 0)])
 @pytest.mark.parametrize("whole_numbers", [True, False])
-def test_router_chooses_what_the_reference_chooses(backend, slots, fixed, free, whole_numbers):
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_router_chooses_what_the_reference_chooses(
+    backend, monkeypatch, slots, fixed, free, whole_numbers, one_launch
+):
     name, device = backend
+    if name == "triton":
+        from sparse_forcing_pack.kernels.pbsa.triton import router
+
+        monkeypatch.setattr(router, "CHOOSE_SLOTS", 128 if one_launch else 0)
     draw = torch.Generator().manual_seed(slots)
     pooled_q, pooled_k = (torch.randn(2, n, 96, generator=draw) for n in (3, slots))
     if whole_numbers:  # exact in float32, with many ties
@@ -124,6 +131,44 @@ def test_router_chooses_what_the_reference_chooses(backend, slots, fixed, free, 
         assert torch.equal(lists.idx.cpu(), expected.idx) and torch.equal(lists.cnt.cpu(), expected.cnt)
         torch.testing.assert_close(shares.cpu(), want, rtol=0, atol=2e-6)
         assert lists.idx.dtype == lists.cnt.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("slots", "fixed", "free"), [(5, 0, 4), (9, 3, 5), (70, 20, 33), (4, 3, 0)])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_router_by_parts_chooses_what_the_reference_chooses(backend, slots, fixed, free, parts):
+    """Full blocks, ragged ones, and some whose last parts are empty."""
+    name, device = backend
+    draw = torch.Generator().manual_seed(slots)
+    pooled_q, pooled_k = (torch.randn(2, n, parts, 24, generator=draw) for n in (3, slots))
+    before = torch.arange(0, 16, 16 // parts)
+    q_parts, k_parts = (
+        (torch.randint(1, 17, (2, n, 1), generator=draw) - before).clamp(0, 16 // parts).to(torch.int32)
+        for n in (3, slots)
+    )
+    for vectors, held in ((pooled_q, q_parts), (pooled_k, k_parts)):
+        vectors[held == 0] = 0
+    order = torch.rand(2, slots, generator=draw).argsort(-1).to(torch.int32)
+    problem = (pooled_q, pooled_k, q_parts, k_parts, order[:, :fixed], order[:, fixed : fixed + free])
+    for k in (0, free // 2, free + 3):
+        expected, want = route_parts(*problem, k, backend="reference")
+        lists, shares = route_parts(*(x.to(device) for x in problem), k, backend=name)
+        assert torch.equal(lists.idx.cpu(), expected.idx) and torch.equal(lists.cnt.cpu(), expected.cnt)
+        torch.testing.assert_close(shares.cpu(), want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(shares.sum(-1).cpu(), torch.ones(2, 3))
+
+
+def test_one_part_is_the_mean(backend):
+    """Blocks in one part with equally many tokens are scored as `route` does."""
+    name, device = backend
+    draw = torch.Generator().manual_seed(0)
+    pooled_q, pooled_k = (torch.randn(2, n, 1, 32, generator=draw).to(device) for n in (5, 12))
+    held = [torch.full((2, n, 1), 16, dtype=torch.int32, device=device) for n in (5, 12)]
+    slots = torch.arange(12, dtype=torch.int32, device=device).expand(2, -1)
+    tables = slots[:, :4], slots[:, 4:], 3
+    lists, shares = route_parts(pooled_q, pooled_k, *held, *tables, backend=name)
+    plain, want = route(pooled_q[:, :, 0], pooled_k[:, :, 0], *tables, backend=name)
+    assert torch.equal(lists.idx, plain.idx)
+    torch.testing.assert_close(shares, want, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

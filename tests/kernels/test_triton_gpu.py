@@ -148,8 +148,11 @@ def test_growing_lengths_do_not_compile_anew():
     assert compiled() == before
 
 
-@pytest.mark.parametrize("slots", [48, 600, 2048])
-def test_router_at_full_size(slots):
+@pytest.mark.parametrize(("slots", "one_launch"), [(48, 0), (600, 0), (2048, 0), (48, 512), (256, 512), (500, 512)])
+def test_router_at_full_size(monkeypatch, slots, one_launch):
+    from sparse_forcing_pack.kernels.pbsa.triton import router
+
+    monkeypatch.setattr(router, "CHOOSE_SLOTS", one_launch)
     draw = torch.Generator().manual_seed(slots)
     fixed, free = slots // 4, slots // 2
     # whole numbers: scores are exact whatever the order of summation, and ties are many

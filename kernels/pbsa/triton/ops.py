@@ -55,6 +55,10 @@ def _route_shapes(pooled_q, pooled_k, always, local, keep, scale):
     return idx, always.new_empty((groups, blocks)), shares
 
 
+def _route_parts_shapes(pooled_q, pooled_k, q_parts, k_parts, always, local, keep, scale):
+    return _route_shapes(pooled_q[:, :, 0], pooled_k[:, :, 0], always, local, keep, scale)
+
+
 def _pool_shapes(pages, page_len):
     return pages.new_empty((*pages.shape[:2], pages.shape[3]), dtype=torch.float32)
 
@@ -82,6 +86,13 @@ _ROUTE = _register(
     _route_shapes,
 )
 
+_ROUTE_PARTS = _register(
+    "pbsa_route_parts",
+    "(Tensor pooled_q, Tensor pooled_k, Tensor q_parts, Tensor k_parts, Tensor always, Tensor local, int keep, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+    router.route_parts,
+    _route_parts_shapes,
+)
 _POOL = _register(
     "pbsa_pool_pages", "(Tensor pages, Tensor page_len) -> Tensor", router.pool_pages, _pool_shapes
 )
@@ -89,6 +100,7 @@ _POOL = _register(
 attention = getattr(torch.ops.sparse_forcing, _ATTENTION).default
 attention_backward = getattr(torch.ops.sparse_forcing, _ATTENTION_BACKWARD).default
 route = getattr(torch.ops.sparse_forcing, _ROUTE).default
+route_parts = getattr(torch.ops.sparse_forcing, _ROUTE_PARTS).default
 pool_pages = getattr(torch.ops.sparse_forcing, _POOL).default
 
 

@@ -62,17 +62,17 @@ def order_key(scores, positions):
 
 
 @triton.jit
-def kth_largest_key(keys, k):
-    """The largest threshold that at least k of the keys (each below 2 ** 48) reach, found without a sort.
+def kth_largest_key(keys, k, ROWS: tl.constexpr):
+    """[ROWS, 1]: the largest threshold that at least k of a row's keys [ROWS, n], each below 2 ** 48, reach.
 
-    Two bits a round: the three counts of a round do not wait for one another.
+    Found without a sort, two bits a round: the three counts of a round do not wait for one another.
     """
-    threshold = tl.zeros((), tl.int64)
-    step = threshold + 70368744177664  # 2 ** 46
+    threshold = tl.zeros((ROWS, 1), tl.int64)
+    step = tl.full((), 70368744177664, tl.int64)  # 2 ** 46
     for _ in range(24):
-        one = tl.sum((keys >= threshold + step).to(tl.int32), axis=0) >= k
-        two = tl.sum((keys >= threshold + 2 * step).to(tl.int32), axis=0) >= k
-        three = tl.sum((keys >= threshold + 3 * step).to(tl.int32), axis=0) >= k
-        threshold += step * (one.to(tl.int64) + two.to(tl.int64) + three.to(tl.int64))
+        one = tl.sum((keys >= threshold + step).to(tl.int32), axis=1) >= k
+        two = tl.sum((keys >= threshold + 2 * step).to(tl.int32), axis=1) >= k
+        three = tl.sum((keys >= threshold + 3 * step).to(tl.int32), axis=1) >= k
+        threshold += step * (one.to(tl.int64) + two.to(tl.int64) + three.to(tl.int64))[:, None]
         step = step // 4
     return threshold

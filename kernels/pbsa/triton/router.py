@@ -19,6 +19,12 @@ from torch import Tensor
 from .primitives import kth_largest_key, load_rows, order_key
 
 SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 32}
+CHOOSE_TILE = {"ROWS": 2, "STEP": 4}
+CHOOSE_SLOTS_A_WARP = 512
+PARTS_STEP = 4
+CHOOSE_SLOTS = (
+    0  # up to how many slots one launch does it all; 512 once it is measured on a GPU (docs/kernels.md)
+)
 
 
 def route(
@@ -28,22 +34,61 @@ def route(
     groups, blocks, dim = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
     device = pooled_q.device
-    position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
-    scores = torch.empty((groups, blocks, slots), dtype=torch.float32, device=device)
+    slots_pad = max(32, triton.next_power_of_2(slots))
+    vectors = [x.contiguous() for x in (pooled_q, pooled_k, always, local)]
     idx = torch.empty((groups, blocks, fixed + keep), dtype=torch.int32, device=device)
     cnt = torch.empty((groups, blocks), dtype=torch.int32, device=device)
     shares = torch.empty((groups, blocks, fixed + free), dtype=torch.float32, device=device)
-    slots_pad = max(32, triton.next_power_of_2(slots))
+    if slots <= CHOOSE_SLOTS:
+        with torch.cuda.device_of(pooled_q):
+            choose[(triton.cdiv(blocks, CHOOSE_TILE["ROWS"]), groups)](
+                *vectors, idx, cnt, shares, blocks, slots, fixed, free, keep, scale,
+                D=dim, SLOTS=slots_pad, **CHOOSE_TILE, num_warps=max(1, slots_pad // CHOOSE_SLOTS_A_WARP),
+            )  # fmt: skip
+        return idx, cnt, shares
+    position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
+    scores = torch.empty((groups, blocks, slots), dtype=torch.float32, device=device)
     with torch.cuda.device_of(pooled_q):
         score[(triton.cdiv(blocks, SCORE_TILE["ROWS"]), triton.cdiv(slots, SCORE_TILE["SLOTS"]), groups)](
-            pooled_q.contiguous(), pooled_k.contiguous(), always.contiguous(), local.contiguous(),
-            scores, position_of, blocks, slots, fixed, free, scale, D=dim, **SCORE_TILE, num_warps=4,
+            *vectors, scores, position_of, blocks, slots, fixed, free, scale, D=dim, **SCORE_TILE, num_warps=4,
         )  # fmt: skip
         select[(blocks, groups)](
             scores, position_of, idx, cnt, shares, slots, fixed + free, fixed, keep,
             SLOTS=slots_pad, num_warps=warps_for(slots_pad),
         )  # fmt: skip
     return idx, cnt, shares
+
+
+def route_parts(
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    q_parts: Tensor,
+    k_parts: Tensor,
+    always: Tensor,
+    local: Tensor,
+    keep: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `api.route_parts`; `keep` <= NL. Results as of `route`."""
+    groups, blocks, parts, dim = pooled_q.shape
+    slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
+    device = pooled_q.device
+    idx = torch.empty((groups, blocks, fixed + keep), dtype=torch.int32, device=device)
+    cnt = torch.empty((groups, blocks), dtype=torch.int32, device=device)
+    shares = torch.empty((groups, blocks, fixed + free), dtype=torch.float32, device=device)
+    inputs = [x.contiguous() for x in (pooled_q, pooled_k, q_parts, k_parts, always, local)]
+    slots_pad = max(32, triton.next_power_of_2(slots))
+    with torch.cuda.device_of(pooled_q):
+        choose_by_parts[(blocks, groups)](
+            *inputs, idx, cnt, shares, blocks, slots, fixed, free, keep, scale,
+            D=dim, PARTS=parts, SLOTS=slots_pad, STEP=PARTS_STEP, num_warps=parts_warps(slots_pad),
+        )  # fmt: skip
+    return idx, cnt, shares
+
+
+def parts_warps(slots: int) -> int:
+    """A thread holds up to 16 slots of each part."""
+    return min(16, max(1, slots // 128))
 
 
 def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
@@ -91,6 +136,14 @@ def _place(position, slots, candidates, count, first, STEP: tl.constexpr):
     return position
 
 
+@triton.jit
+def _places(slots, always, fixed, local, free, SLOTS: tl.constexpr, STEP: tl.constexpr):
+    """[SLOTS]: the place of each slot in `always` followed by `local`, -1 where it is in neither."""
+    position = tl.full((SLOTS,), -1, tl.int32)
+    position = _place(position, slots, always, fixed, 0, STEP)
+    return _place(position, slots, local, free, fixed, STEP)
+
+
 @triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free"])
 def score(
     pooled_q, pooled_k, always, local, scores, position_of, blocks, num_slots, fixed, free, scale,
@@ -122,10 +175,39 @@ def score(
     keep = (rows < blocks)[:, None] & (slots < num_slots)[None, :]
     tl.store(scores + row[:, None] * num_slots + slots[None, :], acc, mask=keep)
     if tl.program_id(0) == 0:
-        position = tl.full((SLOTS,), -1, tl.int32)
-        position = _place(position, slots, always + g * fixed, fixed, 0, STEP)
-        position = _place(position, slots, local + g * free, free, fixed, STEP)
+        position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, STEP)
         tl.store(position_of + slot, position, mask=slots < num_slots)
+
+
+@triton.jit
+def _softmax(found, position):
+    """Scores [rows, SLOTS] -> each row's softmax over the candidates: the slots whose position [SLOTS] is not -1."""
+    found = tl.where((position >= 0)[None, :], found, float("-inf"))
+    weights = tl.exp(found - tl.max(found, axis=1)[:, None])
+    return weights / tl.sum(weights, axis=1)[:, None]
+
+
+@triton.jit
+def _keep(order, weights, position, rows, inside, idx, cnt, shares, num_candidates, fixed, keep, ROWS: tl.constexpr,
+          SLOTS: tl.constexpr):  # fmt: skip
+    """Write rows of `weights` as shares, and the slots that are to be kept by `order`, both [ROWS, SLOTS].
+
+    position [SLOTS] as `score` writes it; rows [ROWS]: their places in the results; inside [ROWS]: whether they exist.
+    """
+    slots = tl.arange(0, SLOTS)
+    position = position[None, :]
+    listed = (position >= 0) & inside[:, None]
+    free = position >= fixed  # a local page, to be chosen from
+    tl.store(shares + rows[:, None] * num_candidates + position, weights, mask=listed)
+    keys = tl.where(free, order_key(order, position), -1)
+    chosen = free & (
+        keys >= kth_largest_key(keys, keep, ROWS)
+    )  # none for keep = 0: no key reaches 2 ** 48 - 1
+    kept = chosen | ((position >= 0) & (position < fixed))
+    rank = tl.cumsum(kept.to(tl.int32), axis=1) - 1
+    each = tl.broadcast_to(slots[None, :], (ROWS, SLOTS))
+    tl.store(idx + rows[:, None] * (fixed + keep) + rank, each, mask=kept & inside[:, None])
+    tl.store(cnt + rows, tl.full((ROWS,), 0, tl.int32) + fixed + keep, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_candidates", "fixed", "keep"])
@@ -134,20 +216,70 @@ def select(
 ):
     """One row of scores -> its softmax over the candidates, and the slots it keeps."""
     g = tl.program_id(1).to(tl.int64)
-    row = g * tl.num_programs(0) + tl.program_id(0)
+    rows = g * tl.num_programs(0) + tl.program_id(0) + tl.arange(0, 1)
     slots = tl.arange(0, SLOTS)
-    inside = slots < num_slots
-    position = tl.load(position_of + g * num_slots + slots, mask=inside, other=-1)
-    listed = position >= 0
-    free = position >= fixed  # a local page, to be chosen from
+    position = tl.load(position_of + g * num_slots + slots, mask=slots < num_slots, other=-1)
+    found = tl.load(
+        scores + rows[:, None] * num_slots + slots[None, :], mask=(position >= 0)[None, :], other=0.0
+    )
+    weights = _softmax(found, position)
+    _keep(found, weights, position, rows, rows >= 0, idx, cnt, shares, num_candidates, fixed, keep, 1, SLOTS)
 
-    found = tl.load(scores + row * num_slots + slots, mask=listed, other=float("-inf"))
-    weights = tl.exp(found - tl.max(found, axis=0))
-    tl.store(shares + row * num_candidates + position, weights / tl.sum(weights, axis=0), mask=listed)
 
-    keys = tl.where(free, order_key(found, position), -1)
-    chosen = free & (keys >= kth_largest_key(keys, keep))  # none for keep = 0: no key reaches 2 ** 48 - 1
-    kept = chosen | (listed & (position < fixed))
-    rank = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    tl.store(idx + row * (fixed + keep) + rank, slots, mask=kept)
-    tl.store(cnt + row, fixed + keep)
+@triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free", "keep"])
+def choose(
+    pooled_q, pooled_k, always, local, idx, cnt, shares, blocks, num_slots, fixed, free, keep, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """`score` and `select` in one launch, ROWS query blocks a program: for few slots, whose scores fit registers."""
+    g = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slots = tl.arange(0, SLOTS)
+    inside, there = block < blocks, slots < num_slots
+    rows = g * blocks + block
+    q_at, k_at = rows[:, None, None] * D, (g * num_slots + slots)[None, :, None] * D
+    found = tl.zeros((ROWS, SLOTS), tl.float32)
+    for first in range(0, D, STEP):
+        dims = (first + tl.arange(0, STEP))[None, None, :]
+        q = tl.load(pooled_q + q_at + dims, mask=inside[:, None, None] & (dims < D), other=0.0)
+        k = tl.load(pooled_k + k_at + dims, mask=there[None, :, None] & (dims < D), other=0.0)
+        found += tl.sum(q * scale * k, axis=2)
+    position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, 32)
+    weights = _softmax(found, position)
+    _keep(found, weights, position, rows, inside, idx, cnt, shares, fixed + free, fixed, keep, ROWS, SLOTS)
+
+
+@triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free", "keep"])
+def choose_by_parts(
+    pooled_q, pooled_k, q_parts, k_parts, always, local, idx, cnt, shares, blocks, num_slots, fixed, free, keep,
+    scale, D: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One query block: each of its parts has a softmax over all parts of the keys; by their mean it keeps its slots."""
+    g = tl.program_id(1).to(tl.int64)
+    rows = g * blocks + tl.program_id(0) + tl.arange(0, 1)
+    slots, parts = tl.arange(0, SLOTS), tl.arange(0, PARTS)
+    there = slots < num_slots
+    q_at = (tl.sum(rows, axis=0) * PARTS + parts)[:, None, None] * D
+    top = tl.full((PARTS, SLOTS), float("-inf"), tl.float32)
+    mass = tl.zeros((PARTS, SLOTS), tl.float32)
+    for other in range(PARTS):
+        at = (g * num_slots + slots) * PARTS + other
+        found = tl.zeros((PARTS, SLOTS), tl.float32)
+        for first in range(0, D, STEP):
+            dims = (first + tl.arange(0, STEP))[None, None, :]
+            q = tl.load(pooled_q + q_at + dims, mask=dims < D, other=0.0)
+            k = tl.load(
+                pooled_k + at[None, :, None] * D + dims, mask=there[None, :, None] & (dims < D), other=0.0
+            )
+            found += tl.sum(q * scale * k, axis=2)
+        size = tl.load(k_parts + at, mask=there, other=0)[None, :]
+        found = tl.where(size > 0, found + tl.log(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+        new_top = tl.maximum(top, found)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        mass = mass * tl.exp(top - shift) + tl.exp(found - shift)
+        top = new_top
+    position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, 32)
+    weights = _softmax(tl.where(mass > 0, top + tl.log(tl.maximum(mass, 1e-30)), float("-inf")), position)
+    size = tl.load(q_parts + tl.sum(rows, axis=0) * PARTS + parts).to(tl.float32)
+    weights = (tl.sum(weights * size[:, None], axis=0) / tl.sum(size, axis=0))[None, :]
+    _keep(weights, weights, position, rows, rows >= 0, idx, cnt, shares, fixed + free, fixed, keep, 1, SLOTS)
