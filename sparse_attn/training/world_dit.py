@@ -431,7 +431,8 @@ def draw_kind(cfg: DitTraining, long: bool) -> str:
 
 
 def shorten(means: dict) -> str:
-    """Losses as they are shown; those of clips and streams are one for each of the sampler's steps."""
+    """Losses as they are shown; those of clips and streams are one for each of the sampler's steps, and behind those of
+    streams stands the sprites'."""
     rows = {k: v if isinstance(v, list) else [v] for k, v in means.items()}
     return ", ".join(f"{k} {' '.join(f'{x:.4f}' for x in row)}" for k, row in rows.items())
 
@@ -524,8 +525,8 @@ def clip_step(
 def stream_step(
     model: Trainee, clip: Tensor, ids: Tensor, attention: AttentionConfig, cfg: DitTraining, given: int = 0
 ) -> Tensor:
-    """Gradients of whole clips on a memory as at generation. Returns the mean flow loss per sampler step [4],
-    unweighted, opening left out.
+    """Gradients of whole clips on a memory as at generation. Returns mean flow losses [5], unweighted, opening left out:
+    one per sampler step, and that of the sprites alone over all steps.
 
     For about half of the clips a chunk's input is made from the model's estimate of the step before, and for most
     clips the memory is given the model's own chunks. The opening chunk and its memory stay the truth's: an estimate may
@@ -553,7 +554,7 @@ def stream_step(
         level = cfg.context_noise * torch.rand(batch, 1, 1, 1, 1, device=device)
         flow(context + level * torch.randn_like(context), torch.zeros(batch, 1, device=device))
 
-    errors, steps = [], []
+    errors, steps, sprites = [], [], []
     for index, part in enumerate(clip.split(CHUNK, dim=2)):
         x0, weight = weighed(part, cfg.sprites)
         memory.begin_chunk(CHUNK)
@@ -584,8 +585,11 @@ def stream_step(
         if index > 0:
             errors.append(error.detach().mean(dim=(1, 2, 3, 4)))
             steps.append(step[:, 0])
+            mask = part[:, 16:]
+            sprites.append(torch.stack([(mask * error.detach()).sum() / x0.shape[1], mask.sum()]))
     backward_prompt(cross_kv, leaves)
-    return mean_by_step(torch.cat(errors), torch.cat(steps))
+    lost, cells = torch.stack(sprites).sum(0)
+    return torch.cat([mean_by_step(torch.cat(errors), torch.cat(steps)), (lost / cells)[None]])
 
 
 def update(model: Trainee, optims) -> None:

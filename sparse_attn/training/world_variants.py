@@ -47,7 +47,7 @@ MODES = {
     "no-persistent": AttentionConfig(
         window_frames=12, sink_frames=0, persistent_frames=0, positions="rebased"
     ),
-    "no-local-sparsity": AttentionConfig(topk=1.0, positions="rebased"),
+    "no-local-sparsity": AttentionConfig(topk=1.0, positions="rebased", keep="novelty"),
 }
 KINDS = ("opening", "late", "recall", "stream")  # of steps
 PARTS = ("latents", "ids")  # of a bank
@@ -75,10 +75,10 @@ class VariantTraining(DitTraining):
     clock do not.
     """
 
-    steps: int = 1200
-    first_share: float = 0.2
+    steps: int = 2400
+    first_share: float = 0.1
     late_share: float = 0.2
-    recall_share: float = 0.4
+    recall_share: float = 0.5
     frames: int = 225
     stream_frames: int = 153
     recall_frames: int = 153
