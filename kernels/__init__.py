@@ -5,6 +5,23 @@ It imports torch alone; Triton is looked for when a call or a report first asks 
 """
 
 from . import fused
-from .pbsa import BlockLists, backend_report, pbsa_attention, pool_pages, route, route_parts
+from .pbsa import (
+    BlockLists,
+    attention_mass,
+    backend_report,
+    pbsa_attention,
+    pool_pages,
+    route,
+    route_parts,
+)
 
-__all__ = ["BlockLists", "backend_report", "fused", "pbsa_attention", "pool_pages", "route", "route_parts"]
+__all__ = [
+    "BlockLists",
+    "attention_mass",
+    "backend_report",
+    "fused",
+    "pbsa_attention",
+    "pool_pages",
+    "route",
+    "route_parts",
+]

@@ -3,6 +3,22 @@
 Read `api` for the interface, `reference` for what the numbers mean, `constraints` for who may run where.
 """
 
-from .api import BlockLists, backend_report, pbsa_attention, pool_pages, route, route_parts
+from .api import (
+    BlockLists,
+    attention_mass,
+    backend_report,
+    pbsa_attention,
+    pool_pages,
+    route,
+    route_parts,
+)
 
-__all__ = ["BlockLists", "backend_report", "pbsa_attention", "pool_pages", "route", "route_parts"]
+__all__ = [
+    "BlockLists",
+    "attention_mass",
+    "backend_report",
+    "pbsa_attention",
+    "pool_pages",
+    "route",
+    "route_parts",
+]

@@ -17,7 +17,15 @@ from ..checks import expect
 from . import reference
 from .constraints import backend_for, backend_report
 
-__all__ = ["BlockLists", "backend_report", "pbsa_attention", "pool_pages", "route"]
+__all__ = [
+    "BlockLists",
+    "attention_mass",
+    "backend_report",
+    "pbsa_attention",
+    "pool_pages",
+    "route",
+    "route_parts",
+]
 
 
 PADDINGS = ("none", "finite", "any")
@@ -88,6 +96,40 @@ def pbsa_attention(
             if grad_pages is not None:
                 k_pages, v_pages = (reference.only_pages(x, grad_pages) for x in (k_pages, v_pages))
             return reference.attention(q, k_pages, v_pages, page_len, idx, cnt, scale)
+
+
+def attention_mass(
+    q: Tensor,
+    k_pages: Tensor,
+    page_len: Tensor,
+    lists: BlockLists,
+    lse: Tensor,
+    *,
+    q_len: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How much of its attention each query block gave each listed page in `pbsa_attention`, which returned `lse`.
+
+    q, k_pages, page_len, lists and scale as they were there; lse [G, NQ, T]. q_len [G, NQ] int32: valid rows of each
+    query block, at least one; default: all. -> [G, NQ, M] in lse's dtype, in the order of the lists: the mean over a
+    block's valid rows, which sums to 1 where a list has a valid token; 0 from `cnt` on. Exact, at two fifths of an
+    attention's products; the router's shares estimate the same. No gradient flows. Raises like `pbsa_attention`.
+    """
+    _check_attention(q, k_pages, k_pages, page_len, lists)
+    expect("lse", lse, tuple(q.shape[:3]), q.device, reference.computing_dtype(q), "[G, NQ, T]")
+    if q_len is None:
+        q_len = torch.full(q.shape[:2], q.shape[2], dtype=torch.int32, device=q.device)
+    expect("q_len", q_len, tuple(q.shape[:2]), q.device, torch.int32, "[G, NQ]")
+    inputs = q, k_pages, page_len, *lists, q_len, lse, q.shape[-1] ** -0.5 if scale is None else float(scale)
+    with torch.no_grad():
+        match backend_for(backend, "attention_mass", q.device, q.dtype, q.shape[3], q.shape[2]):
+            case "triton":
+                from . import triton
+
+                return triton.attention_mass(*inputs)
+            case _:
+                return reference.attention_mass(*inputs)
 
 
 def pool_pages(pages: Tensor, page_len: Tensor, *, backend: str = "auto") -> Tensor:

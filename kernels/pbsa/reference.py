@@ -31,7 +31,7 @@ def attention(
     """See `api.pbsa_attention`; idx [G, NR, M], cnt [G, NR]. Query blocks that share a list gather it only once."""
     groups, blocks, tokens, dim = q.shape
     slots, longest = k_pages.shape[1], idx.shape[2]
-    wide = _computing_dtype(q)
+    wide = computing_dtype(q)
     valid = torch.arange(tokens, device=q.device) < page_len[..., None]  # [G,S,T]
     keys, values = (
         pages.to(wide).masked_fill(~valid[..., None], 0).flatten(0, 1) for pages in (k_pages, v_pages)
@@ -79,6 +79,36 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[T
     return out, lse.squeeze(-1)
 
 
+def attention_mass(
+    q: Tensor,
+    k_pages: Tensor,
+    page_len: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    q_len: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
+    """See `api.attention_mass`; idx [G, NR, M], cnt [G, NR]."""
+    groups, blocks, tokens, _ = q.shape
+    wide, each = computing_dtype(q), torch.arange(tokens, device=q.device)
+    group = torch.arange(groups, device=q.device)[:, None]
+    asked = each < q_len[..., None]  # [G,NQ,T]
+    rows = (q.to(wide) * scale).masked_fill(~asked[..., None], 0)
+    level = lse.masked_fill(lse == -math.inf, 0)[..., None]
+    pages_of = torch.arange(blocks, device=q.device) // (
+        blocks // idx.shape[1]
+    )  # the list of each query block
+    mass = lse.new_zeros(groups, blocks, idx.shape[2])
+    for i in range(idx.shape[2]):
+        slot = idx[:, pages_of, i].long()
+        read = (each < page_len[group, slot][..., None]) & (i < cnt[:, pages_of])[..., None]  # [G,NQ,T]
+        keys = k_pages[group, slot].to(wide).masked_fill(~read[..., None], 0)
+        weights = (rows @ keys.mT - level).exp()
+        mass[..., i] = (weights * asked[..., None] * read[:, :, None]).sum((2, 3)) / q_len
+    return mass
+
+
 def only_pages(pages: Tensor, wanted: Tensor) -> Tensor:
     """pages [G, S, T, D] as they are, with a gradient only where wanted [G, NC] names the slot."""
     chosen = torch.zeros(pages.shape[:2], dtype=torch.bool, device=pages.device).scatter_(
@@ -90,7 +120,7 @@ def only_pages(pages: Tensor, wanted: Tensor) -> Tensor:
 def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
     """See `api.pool_pages`."""
     valid = torch.arange(pages.shape[2], device=pages.device) < page_len[..., None]
-    total = pages.to(_computing_dtype(pages)).masked_fill(~valid[..., None], 0).sum(2)
+    total = pages.to(computing_dtype(pages)).masked_fill(~valid[..., None], 0).sum(2)
     return total / page_len.clamp(min=1)[..., None]
 
 
@@ -147,5 +177,6 @@ def _keep_best(scores: Tensor, candidates: Tensor, fixed: int, keep: int) -> tup
     return idx, torch.full(idx.shape[:2], idx.shape[2], dtype=torch.int32, device=idx.device)
 
 
-def _computing_dtype(x: Tensor) -> torch.dtype:
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What everything about inputs like x is computed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

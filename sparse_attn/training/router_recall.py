@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ...kernels import route_parts
+from ...kernels import BlockLists, attention_mass, pbsa_attention, route_parts
 from ..config import AttentionConfig
 from ..memory import PagedKV
 from ..rollout import stream
@@ -82,13 +82,11 @@ def _pages(cache: PagedKV, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 def exact_mass(q: Tensor, q_len: Tensor, k: Tensor, k_len: Tensor) -> Tensor:
     """Mean probability of a query block's valid queries on each key block: q [G, NQ, T, D], k [G, M, T, D], lengths
-    [G, NQ] and [G, M] -> [G, NQ, M] float32, each row with sum 1."""
-    tokens = torch.arange(k.shape[2], device=k.device)
-    scores = torch.einsum("gqtd,gmsd->gqtms", q, k) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill((tokens >= k_len[..., None])[:, None, None], -math.inf)
-    share = scores.flatten(3).softmax(-1).unflatten(3, scores.shape[3:]).sum(-1)  # [G, NQ, T, M]
-    valid = (tokens < q_len[..., None])[..., None]
-    return (share * valid).sum(2) / q_len[..., None]
+    [G, NQ] and [G, M] int32 -> [G, NQ, M] float32, each row with sum 1."""
+    every = torch.arange(k.shape[1], dtype=torch.int32, device=k.device).expand(len(k), 1, -1)
+    lists = BlockLists(every, torch.full_like(every[..., 0], k.shape[1]))
+    _, lse = pbsa_attention(q, k, k, k_len, lists)
+    return attention_mass(q, k, k_len, lists, lse, q_len=q_len)
 
 
 def recall(mass: Tensor, scores: Tensor, ratio: float) -> Tensor:

@@ -525,8 +525,8 @@ def clip_step(
 def stream_step(
     model: Trainee, clip: Tensor, ids: Tensor, attention: AttentionConfig, cfg: DitTraining, given: int = 0
 ) -> Tensor:
-    """Gradients of whole clips on a memory as at generation. Returns mean flow losses [5], unweighted, opening left out:
-    one per sampler step, and that of the sprites alone over all steps.
+    """Gradients of whole clips on a memory as at generation. Returns mean flow losses [5], unweighted, opening left
+    out: one per sampler step, and that of the sprites alone over all steps.
 
     For about half of the clips a chunk's input is made from the model's estimate of the step before, and for most
     clips the memory is given the model's own chunks. The opening chunk and its memory stay the truth's: an estimate may

@@ -19,7 +19,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
 import triton
-from sparse_forcing_pack.kernels.pbsa.triton import backward, forward, router
+from sparse_forcing_pack.kernels.pbsa.triton import backward, forward, mass, router
 from sparse_forcing_pack.kernels.pbsa.triton.variants import VARIANTS, Shape, Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -40,8 +40,8 @@ SHARED = {
 SPILLED = 200  # bytes a thread: Hopper's 128x64 tile with 4 warps was measured faster than without spills
 BOTH = {"T": 64, "D": 128, "D_PAD": 128, "PADDING": 1, "PRECISION": "tf32"}
 INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt", "position_of", "always", "local"}
-INTEGERS |= {"q_parts", "k_parts"}
-FLOATS = {"lse", "lse_log2", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores", "pooled"}
+INTEGERS |= {"q_parts", "k_parts", "q_len"}
+FLOATS = {"mass", "lse", "lse_log2", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores", "pooled"}
 HALVES = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "pages"}
 
 
@@ -143,6 +143,13 @@ def test_backward(arch, tokens):
     for kernel, tile in zip((backward.backward_queries, backward.backward_pages), tiles):
         constants = BOTH | {"T": tokens, "ROWS": tile.rows, "KEYS": tile.keys}
         check(kernel, arch, constants, tile.warps, tile.stages, f"{kernel.__name__}, {tokens} tokens")
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize(("tokens", "warps"), [(64, 4), (128, 8)])
+def test_mass(arch, tokens, warps):
+    constants = {"T": tokens, "D": 128, "D_PAD": 128, "PRECISION": "tf32"}
+    check(mass.weigh_pages, arch, constants, warps, 3, f"mass, {tokens} tokens")
 
 
 @pytest.mark.parametrize("arch", TARGETS)

@@ -50,7 +50,7 @@ def test_opcheck_pool_pages():
 
 
 @inside
-def test_opcheck_route():
+def test_opcheck_routes_and_masses():
     from sparse_forcing_pack.kernels.pbsa.triton import ops
 
     slots = torch.arange(5, dtype=torch.int32)[None]
@@ -58,6 +58,9 @@ def test_opcheck_route():
     torch.library.opcheck(ops.route, (torch.randn(1, 3, 16), torch.randn(1, 5, 16), always, local, 2, 0.25))
     parts = [torch.full((1, n, 4), 4, dtype=torch.int32) for n in (3, 5)]
     vectors = torch.randn(1, 3, 4, 16), torch.randn(1, 5, 4, 16)
+    p, lse = small_problem(), torch.randn(small_problem().q.shape[:3])
+    q_len = torch.full(p.q.shape[:2], 16, dtype=torch.int32)
+    torch.library.opcheck(ops.attention_mass, (p.q, p.k_pages, p.page_len, *p.lists, q_len, lse, 0.25))
     torch.library.opcheck(ops.route_parts, (*vectors, *parts, always, local, 2, 0.25))
 
 

@@ -1,11 +1,19 @@
 """What PBSA means, for every backend that runs in this process (Triton's interpreter runs this file too)."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from pbsa_oracle import assert_within_eager_error, make_problem
-from sparse_forcing_pack.kernels import BlockLists, pbsa_attention, pool_pages, route, route_parts
+from sparse_forcing_pack.kernels import (
+    BlockLists,
+    attention_mass,
+    pbsa_attention,
+    pool_pages,
+    route,
+    route_parts,
+)
 
 SHAPES = [
     {"groups": 1, "blocks": 1, "slots": 1, "tokens": 16, "dim": 64, "longest": 1},
@@ -105,6 +113,30 @@ def test_strided_views_are_read_as_they_are(backend):
     actual = pbsa_attention(q, pool[:, :, 0], pool[:, :, 1], problem.page_len, lists, backend=name)
     for one, other in zip(actual, expected):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mass_is_what_the_softmax_gave_each_page(backend, shared, dtype):
+    """Ragged and empty pages with NaN behind them, ragged query blocks, lists of every length."""
+    name, device = backend
+    problem = make_problem(dim=24, shared=shared).to(dtype).to(device)
+    _, lse = problem.run(name)
+    q_len = torch.tensor([[16, 5, 1], [16, 9, 16]], dtype=torch.int32, device=device)
+    facts = problem.page_len, problem.lists, lse
+    found = attention_mass(problem.q, problem.k_pages, *facts, q_len=q_len, backend=name).cpu()
+    idx, cnt = (x.expand(2, 3, *x.shape[2:]) for x in problem.to("cpu").lists)
+    for g, n in itertools.product(range(2), range(3)):
+        slots = idx[g, n, : cnt[g, n]].tolist()
+        keys = [problem.k_pages[g, s, : problem.page_len[g, s]].double().cpu() for s in slots]
+        assert (found[g, n, len(slots) :] == 0).all()
+        if sum(map(len, keys)) == 0:
+            assert (found[g, n] == 0).all()
+            continue
+        rows = problem.q[g, n, : q_len[g, n]].double().cpu()
+        weights = (rows @ torch.cat(keys).T * 24**-0.5).softmax(-1).mean(0)
+        want = torch.stack([part.sum() for part in weights.split([len(part) for part in keys])])
+        torch.testing.assert_close(found[g, n, : len(slots)].double(), want, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("slots", "fixed", "free"), [(5, 0, 4), (9, 3, 5), (70, 20, 33), (4, 3, 0)])

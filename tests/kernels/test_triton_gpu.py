@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pbsa_oracle import assert_gradients_within_eager_error, assert_within_eager_error, make_problem
-from sparse_forcing_pack.kernels import backend_report, pool_pages, route
+from sparse_forcing_pack.kernels import attention_mass, backend_report, pool_pages, route
 from sparse_forcing_pack.kernels.pbsa.constraints import TRITON, Call
 
 pytestmark = pytest.mark.gpu
@@ -163,6 +163,15 @@ def test_router_at_full_size(monkeypatch, slots, one_launch):
     lists, shares = route(*(x.cuda() for x in problem), free // 4, scale=2**-4, backend="triton")
     assert torch.equal(lists.idx.cpu(), expected.idx)
     torch.testing.assert_close(shares.cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_mass_in_bfloat16(tokens):
+    problem = make_problem(blocks=6, slots=20, tokens=tokens, dim=128, longest=12).to(torch.bfloat16).to("cuda")
+    _, lse = problem.run("triton")
+    facts = problem.q, problem.k_pages, problem.page_len, problem.lists, lse
+    found, expected = (attention_mass(*facts, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_auto_takes_triton_here():

@@ -19,6 +19,7 @@ def test_exact_mass_is_the_probability_on_a_blocks_tokens():
     torch.manual_seed(0)
     q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 5, 4, 8)
     q_len, k_len = torch.tensor([[4, 2, 4], [1, 4, 3]]), torch.tensor([[4, 4, 1, 2, 4], [3, 4, 4, 4, 1]])
+    q_len, k_len = q_len.int(), k_len.int()
     q[0, 1, 2:] = math.nan  # what lies past the length is never read
     mass = exact_mass(q.nan_to_num(), q_len, k, k_len)
     for g in range(2):

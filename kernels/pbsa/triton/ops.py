@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backward as _backward
-from . import forward, router
+from . import forward, mass, router
 from .variants import choose_variant
 
 _library = torch.library.Library("sparse_forcing", "FRAGMENT")  # registrations end with this object
@@ -48,6 +48,10 @@ def _attention_backward_shapes(
     return dq, q.new_empty(pages), q.new_empty(pages)
 
 
+def _mass_shapes(q, k_pages, page_len, idx, cnt, q_len, lse, scale):
+    return lse.new_empty((*q.shape[:2], idx.shape[2]))
+
+
 def _route_shapes(pooled_q, pooled_k, always, local, keep, scale):
     groups, blocks, _ = pooled_q.shape
     idx = always.new_empty((groups, blocks, always.shape[1] + keep))
@@ -78,6 +82,12 @@ _ATTENTION_BACKWARD = _register(
     _backward.backward,
     _attention_backward_shapes,
 )
+_MASS = _register(
+    "pbsa_attention_mass",
+    f"(Tensor q, Tensor k_pages, {_TABLES}, Tensor q_len, Tensor lse, float scale) -> Tensor",
+    mass.page_mass,
+    _mass_shapes,
+)
 _ROUTE = _register(
     "pbsa_route",
     "(Tensor pooled_q, Tensor pooled_k, Tensor always, Tensor local, int keep, float scale)"
@@ -99,6 +109,7 @@ _POOL = _register(
 
 attention = getattr(torch.ops.sparse_forcing, _ATTENTION).default
 attention_backward = getattr(torch.ops.sparse_forcing, _ATTENTION_BACKWARD).default
+attention_mass = getattr(torch.ops.sparse_forcing, _MASS).default
 route = getattr(torch.ops.sparse_forcing, _ROUTE).default
 route_parts = getattr(torch.ops.sparse_forcing, _ROUTE_PARTS).default
 pool_pages = getattr(torch.ops.sparse_forcing, _POOL).default
