@@ -1,12 +1,13 @@
 """Tensors of all layers that rest in the host's memory: the layer in use and the one after it are on the device.
 
 A pass takes the layers in their order, so the next one can be copied while this one computes: the copies run on a
-stream of their own, from and to memory that the device reads by itself (pinned). On a CPU everything is a plain copy.
+stream of their own, from and to memory that the device reads by itself (pinned). Without CUDA they are plain copies.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -27,8 +28,8 @@ class HostLayers:
     ) -> None:
         self.device = torch.device(device)
         self.tensors = [_host_zeros(shape, dtype, self.device) for _ in range(count)]
-        room = [torch.zeros(2, *shape[1:], dtype=dtype, device=device) for _ in range(count)]
-        self.room = room  # [2, ...] each: of even and of odd layers
+        # [2, ...] each: of even and of odd layers
+        self.room = [torch.zeros(2, *shape[1:], dtype=dtype, device=device) for _ in range(count)]
         self._copies = _stream_of(self.device) if self.device.type == "cuda" else None
         self._ahead: tuple[int, torch.cuda.Event | None] | None = None  # the layer that is on its way
 
@@ -50,21 +51,21 @@ class HostLayers:
 
     def keep(self, layer: int, first: int | None = None) -> None:
         """Copy a layer that was taken back to the host's memory, or only its `first` tensors."""
-        if self._copies is not None:
-            self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
+        with self._behind_the_device():
             for tensor, there in list(zip(self.tensors, self.at(layer)))[:first]:
                 tensor[layer].copy_(there, non_blocking=True)
         if layer + 1 == len(self.tensors[0]):
             self.join()  # a pass ends with all of its copies
 
     def join(self) -> None:
-        """Let what the device does next wait for all copies."""
+        """Let what the device does next wait for all copies; a layer on its way is taken anew."""
+        self._ahead = None
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
 
     def wait(self) -> None:
-        """Wait until all copies are done, so that the host may read."""
+        """Wait until all copies are done, so that the host may read and write."""
+        self._ahead = None
         if self._copies is not None:
             self._copies.synchronize()
 
@@ -75,21 +76,23 @@ class HostLayers:
 
     def _load(self, layer: int) -> None:
         """Begin to copy a layer to the device, behind what uses its room now."""
-        arrived = None
-        if self._copies is not None:
-            self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
+        with self._behind_the_device():
             for tensor, there in zip(self.tensors, self.at(layer)):
                 there.copy_(tensor[layer], non_blocking=True)
-            if self._copies is not None:
-                arrived = self._copies.record_event()
-        self._ahead = layer, arrived
+        self._ahead = layer, None if self._copies is None else self._copies.record_event()
+
+    def _behind_the_device(self) -> AbstractContextManager:
+        """Where copies are made: on their own stream, once the device has done what it was given so far."""
+        if self._copies is None:
+            return nullcontext()
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self._copies)
 
 
 def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros in the host's memory, pinned where a CUDA device is to read them and as much can be pinned."""
     if device.type != "cuda":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
     try:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:

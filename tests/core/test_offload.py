@@ -140,7 +140,10 @@ def test_a_layer_that_was_skipped_or_taken_twice():
     layers.keep(3, 1)
     assert layers.tensors[0][3].eq(13).all() and layers.tensors[1][3].eq(3).all()
     layers.join()
+    layers.take(1)  # layer 2 is on its way
     layers.wait()
+    layers.tensors[0][2] = 7
+    assert layers.take(2)[0].eq(7).all(), "not the one that was on its way"
 
 
 def test_what_stays_on_the_device():
