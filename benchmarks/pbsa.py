@@ -34,8 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PACK = load_pack().__name__
 kernels = import_module(f"{PACK}.kernels")
-BlockLists, pbsa_attention, pool_pages, route = (
-    getattr(kernels, name) for name in ("BlockLists", "pbsa_attention", "pool_pages", "route")
+BlockLists, attention_mass, pbsa_attention, pool_pages, route, route_parts = (
+    getattr(kernels, name)
+    for name in ("BlockLists", "attention_mass", "pbsa_attention", "pool_pages", "route", "route_parts")
 )
 
 HEADS, DIM, QUERIES = 12, 128, 4680
@@ -352,6 +353,17 @@ def bench_router(tokens: int, keys: int, clock: Clock, report: Report) -> None:
     report.add("router", label, "pooling the queries", clock.ms(lambda: pool_pages(q, lens)))
     report.add("router", label, "scores, top-k, lists", clock.ms(lambda: run(pooled_q)))
     report.add("router", label, "pooling, scores, top-k, lists", clock.ms(lambda: run(pool_pages(q, lens))))
+    parts = [torch.randn(HEADS, n, 4, DIM, generator=draw, device=device) for n in (blocks, slots)]
+    held = [torch.full((HEADS, n, 4), tokens // 4, dtype=torch.int32, device=device) for n in (blocks, slots)]
+    by_parts = lambda: route_parts(*parts, *held, always, local, local.shape[1] // 4)  # noqa: E731
+    report.add("router", label, "by quarters: scores, softmax, top-k, lists", clock.ms(by_parts))
+    every = torch.arange(slots, dtype=torch.int32, device=device).expand(HEADS, blocks, -1)
+    lists = BlockLists(every[..., : slots // 5].contiguous(), torch.full_like(every[..., 0], slots // 5))
+    k = torch.randn(HEADS, slots, tokens, DIM, generator=draw, device=device).bfloat16()
+    full = torch.full((HEADS, slots), tokens, dtype=torch.int32, device=device)
+    _, lse = pbsa_attention(q, k, k, full, lists, padding="none", backend="triton")
+    ms = clock.ms(lambda: attention_mass(q, k, full, lists, lse))
+    report.add("router", label, "exact mass of a fifth of the pages", ms)
 
 
 def split_slots(slots: int, fixed: int, device: torch.device) -> tuple[Tensor, Tensor]:
