@@ -96,13 +96,11 @@ def attention_mass(
     asked = each < q_len[..., None]  # [G,NQ,T]
     rows = (q.to(wide) * scale).masked_fill(~asked[..., None], 0)
     level = lse.masked_fill(lse == -math.inf, 0)[..., None]
-    pages_of = torch.arange(blocks, device=q.device) // (
-        blocks // idx.shape[1]
-    )  # the list of each query block
+    list_of = torch.arange(blocks, device=q.device) // (blocks // idx.shape[1])  # of each query block
     mass = lse.new_zeros(groups, blocks, idx.shape[2])
     for i in range(idx.shape[2]):
-        slot = idx[:, pages_of, i].long()
-        read = (each < page_len[group, slot][..., None]) & (i < cnt[:, pages_of])[..., None]  # [G,NQ,T]
+        slot = idx[:, list_of, i].long()
+        read = (each < page_len[group, slot][..., None]) & (i < cnt[:, list_of])[..., None]  # [G,NQ,T]
         keys = k_pages[group, slot].to(wide).masked_fill(~read[..., None], 0)
         weights = (rows @ keys.mT - level).exp()
         mass[..., i] = (weights * asked[..., None] * read[:, :, None]).sum((2, 3)) / q_len

@@ -4,8 +4,9 @@ It works in slot order, so that compacting the kept pages by a running count giv
 `position_of` says which candidate a slot holds. Top-K is a threshold on distinct keys (score, then earlier position),
 found two bits at a time.
 
-Two small kernels instead of one: a program that scores 16 query blocks at once reads the pooled keys 16 times less
-often, and a row of scores fits one warp, whose sums need no barrier. What each row's softmax gives a page is left for
+Two small kernels, `score` and `select`: a program that scores 16 query blocks at once reads the pooled keys 16 times
+less often, and a row of scores fits one warp, whose sums need no barrier. `choose` is both in one launch, for few
+slots, and `choose_by_parts` the same for blocks in parts. What each row's softmax gives a page is left for
 its reader to add up, once a chunk instead of in every pass. Letters as in `api`.
 """
 
@@ -22,9 +23,7 @@ SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 32}
 CHOOSE_TILE = {"ROWS": 2, "STEP": 4}
 CHOOSE_SLOTS_A_WARP = 512
 PARTS_STEP = 4
-CHOOSE_SLOTS = (
-    0  # up to how many slots one launch does it all; 512 once it is measured on a GPU (docs/kernels.md)
-)
+CHOOSE_SLOTS = 0  # up to how many slots one launch does it all; 512 once that is timed on a GPU
 
 
 def route(
