@@ -485,53 +485,55 @@ def sweep_forward(case: Case, padding: str, clock: Clock, report: Report, deadli
         report.add("sweep", f"{case.label}, {padding}", row["name"], row["ms"], case.flop, **notes)
 
 
+def backward_tiles(make: Callable, tokens: int, which: str) -> Iterator:
+    """Tiles of the query or the page kernel: by pointers, then those by the copy engine that compile without spills."""
+    sides = (64, 128) if tokens == 128 else (64,)
+    for facts in itertools.product(sides, sides, (8, 4), (2, 3, 1)):
+        yield make(*facts)
+    if tokens == 64:
+        yield from (make(32, 64, 4, stages) for stages in (2, 3))
+    described = [(64, 64, 4), (64, 64, 8)]
+    if tokens == 128:
+        described += [(64, 128, 8), (128, 64, 8), (64, 128, 4)]
+        described += [(128, 128, 8)] if which == "queries" else []
+    for (rows, keys, warps), stages in itertools.product(described, (2, 3)):
+        if (rows, keys, warps) != (64, 128, 4) or which == "queries":
+            yield make(rows, keys, warps, stages, "descriptors")
+        if warps == 4:
+            yield make(rows, keys, warps, stages, "specialised")
+
+
 def sweep_backward(case: Case, clock: Clock, report: Report, deadline: float) -> None:
-    """Tiles of the query and of the page kernel, one at a time."""
+    """Tiles of the query and of the page kernel, one at a time; `right` where they give what the chosen ones give."""
     backward = import_module(f"{PACK}.kernels.pbsa.triton.backward")
     case.build(clock.flush.device)
     out, lse = case.attend(backend="triton", padding="none")
     every = torch.arange(case.slots, dtype=torch.int32, device=case.q.device).expand(HEADS, -1).contiguous()
-    rest = (
-        torch.ones_like(out),
-        torch.zeros_like(lse),
-        out,
-        lse,
-        case.q,
-        case.k,
-        case.v,
-        case.page_len,
-        *case.lists,
-    )
-    sides = (64, 128) if case.tokens == 128 else (64,)
-    first_query, first_page = backward.tiles_for((9, 0), torch.bfloat16, case.tokens)
-    tiles = [backward.Tile(*facts) for facts in itertools.product(sides, sides, (8, 4), (2, 3, 1))]
-    if case.tokens == 64:
-        tiles += [backward.Tile(32, 64, 4, stages) for stages in (2, 3)]
+    grads = torch.randn_like(out), torch.zeros_like(lse)
+    rest = *grads, out, lse, case.q, case.k, case.v, case.page_len, *case.lists
+    chosen = backward.tiles_for((9, 0), torch.bfloat16, case.tokens)
+    truth = backward.launch(chosen, *rest, every, DIM**-0.5, "none")
+    sizes = [rms(x) for x in truth]
     found = []
     for which, targets in (("queries", None), ("pages", every)):
-        for tile in tiles:
+        for tile in backward_tiles(backward.Tile, case.tokens, which):
             if time.monotonic() > deadline:
                 break
-            pair = (tile, first_page) if which == "queries" else (first_query, tile)
+            pair = (tile, chosen[1]) if which == "queries" else (chosen[0], tile)
 
-            def once(pair=pair, targets=targets) -> float:
-                return clock.ms(lambda: backward.launch(pair, *rest, targets, DIM**-0.5, "none"))
+            def once(pair=pair, targets=targets) -> tuple[float, bool]:
+                results = backward.launch(pair, *rest, targets, DIM**-0.5, "none")
+                same = [rms(x - y) / size for x, y, size in zip(results, truth, sizes) if x.numel()]
+                run = lambda: backward.launch(pair, *rest, targets, DIM**-0.5, "none")  # noqa: E731
+                return clock.ms(run), all(off < 0.01 for off in same)
 
-            ms = attempt(f"{which} {tile}", once)
-            if ms is not None:
-                found.append(
-                    (which, ms, f"{which} {tile.rows}x{tile.keys} warps {tile.warps} stages {tile.stages}")
-                )
-    for which, ms, name in sorted(found):
+            name = f"{which} {tile.kind} {tile.rows}x{tile.keys} warps {tile.warps} stages {tile.stages}"
+            if (done := attempt(name, once)) is not None:
+                found.append((which, *done, name))
+    for which, ms, right, name in sorted(found):
         note = "dQ alone" if which == "queries" else "dQ as chosen, and dK, dV"
-        report.add(
-            "sweep",
-            f"backward, {case.label}",
-            name,
-            ms,
-            (1.5 if which == "queries" else 2.5) * case.flop,
-            of=note,
-        )
+        flop = (1.5 if which == "queries" else 2.5) * case.flop
+        report.add("sweep", f"backward, {case.label}", name, ms, flop, of=note, right=right)
 
 
 def sweep_router(tokens: int, keys: int, clock: Clock, report: Report, deadline: float) -> None:

@@ -145,6 +145,18 @@ def test_backward(arch, tokens):
         check(kernel, arch, constants, tile.warps, tile.stages, f"{kernel.__name__}, {tokens} tokens")
 
 
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("kind", ["descriptors", "specialised"])
+def test_backward_by_the_copy_engine(tokens, kind):
+    """Not chosen yet: until a sweep on the device has said which tiles are right and fast."""
+    constants = BOTH | {"T": tokens, "SPECIALISE": kind == "specialised"}
+    for kernel, side in ((backward.backward_queries_described, tokens), (backward.backward_pages_described, 64)):
+        warps = 8 if side == 128 else 4
+        label = f"{kernel.__name__}, {tokens} tokens, {side}x{side}, {kind}"
+        binary = check(kernel, 90, constants | {"ROWS": side, "KEYS": side}, warps, 2, label)
+        assert "async_tma_copy_global_to_local" in binary.asm["ttgir"]
+
+
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize(("tokens", "warps"), [(64, 4), (128, 8)])
 def test_mass(arch, tokens, warps):

@@ -165,6 +165,30 @@ def test_router_at_full_size(monkeypatch, slots, one_launch):
     torch.testing.assert_close(shares.cpu(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs Hopper's copy engine"
+)
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_gradients_by_the_copy_engine(tokens):
+    """By descriptors; warps apart are tried in `benchmarks/pbsa.py --sweep`, which says whether they are right."""
+    from sparse_forcing_pack.kernels.pbsa.triton import backward
+
+    problem = make_problem(blocks=6, slots=9, tokens=tokens, dim=128, longest=7).promising("finite")
+    problem = problem.to(torch.bfloat16).to("cuda")
+    out, lse = problem.run("triton", padding="finite")
+    targets = torch.arange(9, dtype=torch.int32, device="cuda").expand(2, -1).contiguous()
+    tensors = problem.q, problem.k_pages, problem.v_pages, problem.page_len, *problem.lists
+    found, expected = (
+        backward.launch(
+            (backward.Tile(tokens, tokens, 8, 2, kind), backward.Tile(64, 64, 4, 2, kind)),
+            torch.ones_like(out), torch.zeros_like(lse), out, lse, *tensors, targets, 128**-0.5, "finite",
+        )
+        for kind in ("descriptors", "pointers")
+    )  # fmt: skip
+    for mine, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_mass_in_bfloat16(tokens):
     problem = make_problem(blocks=6, slots=20, tokens=tokens, dim=128, longest=12).to(torch.bfloat16).to("cuda")

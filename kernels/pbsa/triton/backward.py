@@ -22,21 +22,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward import PADDING, precision, unit_rows
+from .forward import PADDING, precision, scratch, unit_rows
 from .primitives import load_rows, store_rows
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows and keys of one step, both dividing T; warps and stages of the launch."""
+    """Query rows and keys of one step, both dividing T; warps and stages of the launch.
+
+    kind, as of forward variants: pointers; descriptors, by the copy engine; specialised, with warps apart for copying.
+    The last two need what `forward_descriptors` needs, and padding "none" or "finite".
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    kind: str = "pointers"
 
     def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        plain = {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        return plain if self.kind == "pointers" else plain | {"SPECIALISE": self.kind == "specialised"}
 
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, tokens: int) -> tuple[Tile, Tile]:
@@ -80,14 +86,19 @@ def launch(
     -> dq like q; dk, dv [G, NC, T, D] of the target pages (empty without targets).
     """
     groups, blocks, tokens, dim = q.shape
-    q, k_pages, v_pages = unit_rows(q), unit_rows(k_pages), unit_rows(v_pages)
+    query_tile, page_tile = tiles
+    described = any(tile.kind != "pointers" for tile in tiles)
+    q = q.contiguous() if described else unit_rows(q)
+    k_pages, v_pages = unit_rows(k_pages), unit_rows(v_pages)
     page_len, idx, cnt, grad_out = (x.contiguous() for x in (page_len, idx, cnt, grad_out))
     strides = (*q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3])
     slots, lists = k_pages.shape[1], cnt.shape[1]
     scales = scale, scale * math.log2(math.e)
     common = {"T": tokens, "D": dim, "D_PAD": triton.next_power_of_2(dim)}
     common |= {"PADDING": PADDING[padding], "PRECISION": precision(q.dtype)}
-    query_tile, page_tile = tiles
+    if described:
+        assert padding != "any", "the copy engine reads what lies behind a page's end"
+        triton.set_allocator(scratch)
     count = 0 if targets is None else targets.shape[1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((groups, count, tokens, dim), dtype=q.dtype, device=q.device) for _ in range(2))
@@ -99,14 +110,16 @@ def launch(
         )  # fmt: skip
         list_rows = blocks // lists * tokens  # query rows that one list serves
         pieces = triton.cdiv(list_rows, query_tile.rows)
-        backward_queries[(lists * pieces, groups)](
+        by_rows = backward_queries if query_tile.kind == "pointers" else backward_queries_described
+        by_rows[(lists * pieces, groups)](
             q, k_pages, v_pages, page_len, idx, cnt, grad_out, lse_log2, delta, dq, *strides,
             pieces, list_rows, lists, idx.shape[2], slots, *scales, **common, **query_tile.options(),
         )  # fmt: skip
         if targets is None or count == 0:
             return dq, dk, dv
         readers, reader_cnt = transpose_lists(idx, cnt, targets, blocks, slots)
-        backward_pages[(count * (tokens // page_tile.keys), groups)](
+        by_pages = backward_pages if page_tile.kind == "pointers" else backward_pages_described
+        by_pages[(count * (tokens // page_tile.keys), groups)](
             q, k_pages, v_pages, page_len, targets.contiguous(), readers, reader_cnt, grad_out, lse_log2, delta,
             dk, dv, *strides, count, blocks, slots, *scales, **common, **page_tile.options(),
         )  # fmt: skip
@@ -187,13 +200,74 @@ def backward_queries(
             valid = tokens < tl.load(lens + slot)
         k_tile = load_rows(k + slot * k_s, tokens * k_t, valid, D, D_PAD, PADDING == 2)  # [KEYS, D_PAD]
         v_tile = load_rows(v + slot * v_s, tokens * v_t, valid, D, D_PAD, PADDING == 2)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        if PADDING > 0:
-            weights = tl.where(valid[None, :], weights, 0.0)
-        ds = weights * (tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None])
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+        acc = _add_keys(
+            q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, acc, scale_log2, PADDING > 0, PRECISION
+        )
     store_rows(dq, row * D, acc * scale, keep, D, D_PAD)
+
+
+@triton.jit(do_not_specialize=["tiles", "list_rows", "num_lists", "longest", "num_slots"])
+def backward_queries_described(
+    q, k, v, page_len, idx, cnt, grad_out, lse_log2, delta, dq,
+    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    tiles, list_rows, num_lists, longest, num_slots, scale, scale_log2,
+    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDING: tl.constexpr, PRECISION: tl.constexpr, SPECIALISE: tl.constexpr,
+):  # fmt: skip
+    """The same by the copy engine, with the needs of `forward_descriptors`."""
+    g = tl.program_id(1).to(tl.int64)
+    which = tl.program_id(0) // tiles
+    first = (tl.program_id(0) % tiles) * ROWS  # within the list's rows
+    rows = first + tl.arange(0, ROWS)
+    keep = rows < list_rows
+    group_rows = num_lists * list_rows
+    row = g * group_rows + which * list_rows + rows  # over all groups
+    at = which * list_rows + first  # a tile may run into the next list's rows: not stored
+    q_tile = _rows_of(q + g * q_g, group_rows, D, D_PAD, ROWS).load([at, 0])
+    do_tile = _rows_of(grad_out + g * group_rows * D, group_rows, D, D_PAD, ROWS).load([at, 0])
+    k_rows = _rows_of(k + g * k_g, num_slots * T, D, D_PAD, KEYS)
+    v_rows = _rows_of(v + g * v_g, num_slots * T, D, D_PAD, KEYS)
+    row_lse = tl.load(lse_log2 + row, mask=keep, other=float("inf"))
+    row_delta = tl.load(delta + row, mask=keep, other=0.0)
+
+    acc = tl.zeros((ROWS, D_PAD), tl.float32)
+    row_of_lists = g * num_lists + which
+    pages = idx + row_of_lists * longest
+    lens = page_len + g * num_slots
+    PARTS: tl.constexpr = T // KEYS
+    for i in tl.range(0, tl.load(cnt + row_of_lists) * PARTS, warp_specialize=SPECIALISE):
+        slot = tl.load(pages + i // PARTS)
+        token = (i % PARTS) * KEYS
+        k_tile = k_rows.load([slot * T + token, 0])
+        v_tile = v_rows.load([slot * T + token, 0])
+        tokens = token + tl.arange(0, KEYS)
+        valid = tokens < T
+        if PADDING > 0:
+            valid = tokens < tl.load(lens + slot)
+        acc = _add_keys(
+            q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, acc, scale_log2, PADDING > 0, PRECISION
+        )
+    store_rows(dq, row * D, acc * scale, keep, D, D_PAD)
+
+
+@triton.jit
+def _add_keys(
+    q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, acc, scale_log2,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [ROWS, D_PAD] with what the keys of these tiles [KEYS, D_PAD] add to dQ / scale."""
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
+    if MASK:
+        weights = tl.where(valid[None, :], weights, 0.0)
+    ds = weights * (tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None])
+    return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _rows_of(start, count, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """The copy engine's view of `count` rows of D elements, by ROWS of them."""
+    return tl.make_tensor_descriptor(start, shape=[count, D], strides=[D, 1], block_shape=[ROWS, D_PAD])
 
 
 @triton.jit(do_not_specialize=["num_targets", "blocks", "num_slots"])
@@ -227,15 +301,70 @@ def backward_pages(
         first = (g * blocks + n) * T  # the block's first row, over all groups
         q_tile = load_rows(q + n * q_n, rows * q_t, rows < T, D, D_PAD, False)  # [ROWS, D_PAD]
         do_tile = load_rows(grad_out + first * D, rows * D, rows < T, D, D_PAD, False)
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - tl.load(lse_log2 + first + rows)[None, :])
-        if PADDING > 0:
-            weights = tl.where(valid[:, None], weights, 0.0)
-        dv_acc = tl.dot(weights.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
-        dw = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-        ds = weights * (dw - tl.load(delta + first + rows)[None, :])
-        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+        row_lse, row_delta = tl.load(lse_log2 + first + rows), tl.load(delta + first + rows)
+        dk_acc, dv_acc = _add_queries(
+            q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, dk_acc, dv_acc, scale_log2, PADDING > 0,
+            PRECISION,
+        )  # fmt: skip
     at = (target * T + tokens) * D
     keep = tokens < T
     store_rows(dk, at, dk_acc * scale, keep, D, D_PAD)
     store_rows(dv, at, dv_acc, keep, D, D_PAD)
+
+
+@triton.jit(do_not_specialize=["num_targets", "blocks", "num_slots"])
+def backward_pages_described(
+    q, k, v, page_len, targets, readers, reader_cnt, grad_out, lse_log2, delta, dk, dv,
+    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    num_targets, blocks, num_slots, scale, scale_log2,
+    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDING: tl.constexpr, PRECISION: tl.constexpr, SPECIALISE: tl.constexpr,
+):  # fmt: skip
+    """The same by the copy engine, with the needs of `forward_descriptors`."""
+    g = tl.program_id(1).to(tl.int64)
+    PARTS: tl.constexpr = T // KEYS
+    target = g * num_targets + tl.program_id(0) // PARTS
+    token = (tl.program_id(0) % PARTS) * KEYS
+    tokens = token + tl.arange(0, KEYS)
+    slot = tl.load(targets + target)
+    valid = tokens < T
+    if PADDING > 0:
+        valid = tokens < tl.load(page_len + g * num_slots + slot)
+    k_tile = _rows_of(k + g * k_g, num_slots * T, D, D_PAD, KEYS).load([slot * T + token, 0])
+    v_tile = _rows_of(v + g * v_g, num_slots * T, D, D_PAD, KEYS).load([slot * T + token, 0])
+    q_rows = _rows_of(q + g * q_g, blocks * T, D, D_PAD, ROWS)
+    do_rows = _rows_of(grad_out + g * blocks * T * D, blocks * T, D, D_PAD, ROWS)
+
+    dk_acc = tl.zeros((KEYS, D_PAD), tl.float32)
+    dv_acc = tl.zeros((KEYS, D_PAD), tl.float32)
+    STEPS: tl.constexpr = T // ROWS  # a query block is read in pieces of ROWS rows
+    for i in tl.range(0, tl.load(reader_cnt + target) * STEPS, warp_specialize=SPECIALISE):
+        first = tl.load(readers + target * blocks + i // STEPS) * T + (i % STEPS) * ROWS
+        q_tile = q_rows.load([first, 0])
+        do_tile = do_rows.load([first, 0])
+        row = g * blocks * T + first + tl.arange(0, ROWS)
+        row_lse, row_delta = tl.load(lse_log2 + row), tl.load(delta + row)
+        dk_acc, dv_acc = _add_queries(
+            q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, dk_acc, dv_acc, scale_log2, PADDING > 0,
+            PRECISION,
+        )  # fmt: skip
+    at = (target * T + tokens) * D
+    keep = tokens < T
+    store_rows(dk, at, dk_acc * scale, keep, D, D_PAD)
+    store_rows(dv, at, dv_acc, keep, D, D_PAD)
+
+
+@triton.jit
+def _add_queries(
+    q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, dk_acc, dv_acc, scale_log2,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK / scale and dV [KEYS, D_PAD] with what the query rows of these tiles [ROWS, D_PAD] add to them."""
+    scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+    weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
+    if MASK:
+        weights = tl.where(valid[:, None], weights, 0.0)
+    dv_acc = tl.dot(weights.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
+    dw = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+    ds = weights * (dw - row_delta[None, :])
+    return tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION), dv_acc

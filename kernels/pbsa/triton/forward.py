@@ -91,7 +91,7 @@ def launch(
     kernel, extra = forward_pointers, {}
     if described:
         kernel, extra = forward_descriptors, {"SPECIALISE": variant.kind == "specialised"}
-        triton.set_allocator(_scratch)
+        triton.set_allocator(scratch)
     sizes = {"D": dim, "D_PAD": triton.next_power_of_2(dim), "ROWS": variant.rows}
     with torch.cuda.device_of(q):
         kernel[(split.whole + split_tiles * split.parts,)](
@@ -128,7 +128,7 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for the descriptors that a launch writes; from torch's pool, which CUDA graphs know."""
     return torch.empty(size, dtype=torch.int8, device=torch.device("cuda", torch.cuda.current_device()))
 
