@@ -438,6 +438,10 @@ def forward_variants(tokens: int, shared: bool) -> Iterator[tuple]:
     for r, k, warps, stages in itertools.product(rows, keys, (8, 4), (2, 3)):
         if not (r == 64 and warps == 8):
             yield "descriptors", r, k, warps, stages
+    if tokens == 64:
+        for r, warps, stages in itertools.product(rows, (4, 8), (2, 1, 3)):
+            if not (r == 64 and warps == 8):
+                yield "two pages", r, 128, warps, stages
     for r, k, warps, stages in itertools.product(rows, (64, 128, 32), (4, 8), (3, 2, 4)):
         if not (r == 64 and warps == 8) and not (k == 128 and stages == 4):
             yield "pointers", r, k, warps, stages

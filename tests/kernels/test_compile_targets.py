@@ -132,6 +132,13 @@ def test_two_halves_of_v_on_hopper():
     assert binary.asm["ttgir"].count("#ttg.nvidia_mma<") == 1
 
 
+@pytest.mark.parametrize(("rows", "warps"), [(64, 4), (128, 8)])
+def test_two_pages_a_step(rows, warps):
+    """Not chosen yet: until a sweep on the device has said how fast it is."""
+    constants = BOTH | {"FLOOR": 0, "ROWS": rows, "KEYS": 128}
+    check(forward.forward_two_pages, 90, constants, warps, 2, f"two pages {rows}x128")
+
+
 @pytest.mark.parametrize("arch", TARGETS)
 def test_merge(arch):
     check(forward.merge, arch, {"D": 128, "D_PAD": 128, "ROWS": 128}, 8, 3)

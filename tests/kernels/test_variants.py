@@ -32,6 +32,8 @@ TILES = [  # kind, rows, keys, tokens a page, one list a group
     ("descriptors", 128, 64, 128, False),
     ("descriptors", 128, 64, 64, True),
     ("specialised", 128, 128, 128, False),
+    ("two pages", 64, 128, 64, False),
+    ("two pages", 128, 128, 64, True),
 ]
 
 
@@ -71,7 +73,7 @@ def test_rows_that_are_never_masked(kind, rows, keys, tokens, shared):
 
 
 @inside
-@pytest.mark.parametrize(("kind", "rows", "keys", "tokens", "shared"), TILES[1:6] + TILES[-1:])
+@pytest.mark.parametrize(("kind", "rows", "keys", "tokens", "shared"), TILES[1:6] + TILES[-3:])
 def test_a_split_of_the_last_wave_adds_up(kind, rows, keys, tokens, shared):
     """Parts of no page, empty lists and half-empty tiles among them."""
     problem = make_problem(blocks=3, slots=6, tokens=tokens, dim=24, longest=5, shared=shared, groups=2)

@@ -40,7 +40,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Variant:
-    """kind: pointers, descriptors (the copy engine) or specialised (and loading warps apart from computing ones).
+    """kind: pointers, descriptors (the copy engine), specialised (and loading warps apart from computing ones) or two
+    pages (the copy engine, two pages a step).
 
     rows and keys: the tile; more rows than T only where a list serves several query blocks, more keys than T reads
     several pages a step. warps, stages: of the launch. residents: programs a multiprocessor runs at a time, by which
@@ -68,7 +69,10 @@ class Variant:
             return False
         if self.kind == "pointers":
             return True
-        fits = shape.dtype in HALVES and shape.dim % 8 == 0 and self.keys <= shape.tokens
+        keys = self.keys // 2 if self.kind == "two pages" else self.keys
+        fits = shape.dtype in HALVES and shape.dim % 8 == 0 and keys <= shape.tokens
+        if self.kind == "two pages":
+            fits = fits and keys == shape.tokens
         if self.kind == "specialised":  # both products are cut alike, v in one piece or two
             padded = 1 << (shape.dim - 1).bit_length()
             fits = fits and padded in (self.keys, 2 * self.keys)
