@@ -451,7 +451,6 @@ class EagerLoop:
 
     def reset(self) -> None:
         self.frame = self.filled = self.new = 0
-        self.noisy = False
 
     def begin_chunk(self, frames: int) -> None:
         self.new = frames * self.size.frame_tokens

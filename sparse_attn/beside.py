@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 THREAD = "sparse_forcing_beside"  # how the names of the threads begin
-DEVICES: tuple[
-    str, ...
-] = ()  # where it is on; "cuda" once tests/core/test_gpu.py and a host have run it there
+# where it is on; "cuda" once tests/core/test_gpu.py and a host have run it there
+DEVICES: tuple[str, ...] = ()
 
 
 def pays_on(device: torch.device | str) -> bool:
@@ -38,7 +37,7 @@ class Beside:
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
-        self._stream = _stream_of(self.device) if self.device.type == "cuda" else None
+        self._stream = side_stream(self.device, THREAD) if self.device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, THREAD)
         self._handed: deque[Future[tuple[Any, Any]]] = deque()
 
@@ -95,8 +94,8 @@ class Beside:
 
 
 @cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One a device for all runs: memory that PyTorch keeps for a stream's next work serves no other stream."""
+def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
+    """One a device and use, for all runs: memory that PyTorch keeps for a stream's next work serves no other stream."""
     return torch.cuda.Stream(device)
 
 

@@ -397,8 +397,9 @@ class FastPass:
         rows = cache.chunk.tokens
         with named_range("element-wise"):
             pages = cache.pages(layer)
-            means = cache.pooled[layer, :, :, 0] if cache.quarters else cache.pooled[layer]
-            means = means.contiguous()  # with quarters a copy that nobody reads
+            means = cache.pooled[layer]
+            if cache.quarters:  # nobody reads them
+                means = means.new_empty(means[:, :, 0].shape)
             q_blocks, pooled_q = fused.norm_rope_to_pages(
                 *parts, rows, current, *pages, means, backend=self.backend
             )

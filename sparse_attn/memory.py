@@ -44,8 +44,8 @@ class PagedKV:
     `router` "quarters" [L, G, S, 4, D]); table
     [L, G, S] int64, the permutation of slots described above. least_tokens: what every page in use holds at least.
     With `page_bits` 8 pages are int8, beside `scales`: of keys [L, G, S, D] and values [L, G, S, T], float32; they
-    are unpacked into `scratch`, keys and values [G, S, T, D] of one layer after another. With `offload_pages` pages are
-    in the host's memory, and `scratch` also has room for two layers' (`host`).
+    are `unpacked` into keys and values [G, S, T, D] of one layer after another. With `offload_pages` pages are in the
+    memory of the `host`, which has room for two layers' on the device.
     S = (persistent_frames + window_frames) / chunk_frames * blocks a chunk.
     """
 
@@ -73,12 +73,11 @@ class PagedKV:
         eight = attention.page_bits == 8
         stored = torch.int8 if eight else dtype
         self.scales: list[Tensor] = []
-        self.scratch: list[Tensor] = []
+        self.unpacked: list[Tensor] = []
         self.host: HostLayers | None = None
         if attention.offload_pages:
             self.host = HostLayers(2, page_shape, stored, device)
             self.k_pages, self.v_pages = self.host.tensors
-            self.scratch += self.host.room
         else:
             self.k_pages, self.v_pages = (
                 torch.zeros(page_shape, dtype=stored, device=device) for _ in range(2)
@@ -87,7 +86,6 @@ class PagedKV:
             sides = (head_dim, attention.block_tokens)
             self.scales = [torch.zeros(*table_shape, side, device=device) for side in sides]
             self.unpacked = [torch.zeros(page_shape[1:], dtype=dtype, device=device) for _ in range(2)]
-            self.scratch += self.unpacked
         self.quarters = attention.router == "quarters"
         seen = (QUARTERS, head_dim) if self.quarters else (head_dim,)
         self.pooled = torch.zeros(*table_shape, *seen, device=device)
@@ -140,6 +138,11 @@ class PagedKV:
         return self.time if self.attention.positions == "rebased" else frame
 
     @property
+    def scratch(self) -> list[Tensor]:
+        """What is on the device beside `tensors`."""
+        return [*self.unpacked, *(self.host.room if self.host else [])]
+
+    @property
     def apart(self) -> bool:
         """Whether pages rest elsewhere than where they are read, so that what is written must be stored."""
         return bool(self.scales) or self.host is not None
@@ -147,26 +150,30 @@ class PagedKV:
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [G, S, T, D], to read, and to write the open chunk's into. Where they rest `apart`
         they are a copy, good until another layer's are asked for, and what is written is kept by `store`."""
-        k_pages, v_pages = self.host.take(layer) if self.host else (self.k_pages[layer], self.v_pages[layer])
+        if self.host:
+            self.host.take(layer)
         if not self.scales:
-            return k_pages, v_pages
+            return self._resting(layer)
         k, v = self.unpacked
-        unpack_pages(self._packed(layer, k_pages, v_pages), k, v, backend=self.attention.backend)
+        unpack_pages(self._packed(layer), k, v, backend=self.attention.backend)
         return k, v
 
     def store(self, layer: int, slots: Tensor, values: bool = True) -> None:
         """Keep what was written at `slots` [G, n] of the layer's `pages`; without `values` the keys."""
         if self.scales:
-            k_pages, v_pages = self.host.at(layer) if self.host else (self.k_pages[layer], self.v_pages[layer])
-            packed = self._packed(layer, k_pages, v_pages)
             k, v = self.unpacked
-            pack_pages(k, v, slots, packed, values=values, backend=self.attention.backend)
+            pack_pages(k, v, slots, self._packed(layer), values=values, backend=self.attention.backend)
         if self.host:
             self.host.keep(layer, None if values else 1)
 
-    def _packed(self, layer: int, k_pages: Tensor, v_pages: Tensor) -> Pages8:
-        k_scale, v_scale = self.scales
-        return Pages8(k_pages, k_scale[layer], v_pages, v_scale[layer])
+    def _resting(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values as they rest, on the device: of an offloaded layer, once it was taken."""
+        k, v = self.host.at(layer) if self.host else (self.k_pages[layer], self.v_pages[layer])
+        return k, v
+
+    def _packed(self, layer: int) -> Pages8:
+        (k, v), (k_scale, v_scale) = self._resting(layer), self.scales
+        return Pages8(k, k_scale[layer], v, v_scale[layer])
 
     def write(
         self, layer: int, k_blocks: Tensor, v_blocks: Tensor, store: bool = True
@@ -190,9 +197,8 @@ class PagedKV:
     def pool_written(self, layer: int, slots: Tensor, k_pages: Tensor, q_blocks: Tensor) -> Tensor:
         """Pool the keys that the open chunk wrote at `slots` of k_pages, and its queries, which are returned."""
         at = (self._groups, slots)
-        lens = self.page_len[layer][
-            at
-        ]  # not `chunk_lens`, which a CUDA graph of an earlier chunk does not know
+        # not `chunk_lens`, which a CUDA graph of an earlier chunk does not know
+        lens = self.page_len[layer][at]
         self.pooled[layer][at] = self.pool(k_pages[at], lens)
         return self.pool(q_blocks, lens)
 
@@ -234,7 +240,7 @@ class PagedKV:
             end, frames = end - chunk.frames, frames - chunk.frames
 
     def tensors(self) -> dict[str, Tensor]:
-        """The pool and its tables, by name: all that lives on the device between chunks."""
+        """The pool and its tables, by name: all tensors that live between chunks."""
         names = ("k_pages", "v_pages", "pooled", "page_len", "page_frame", "page_block", "table")
         scales = dict(zip(("k_scale", "v_scale"), self.scales))
         return {name: getattr(self, name) for name in names} | scales

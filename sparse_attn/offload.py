@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from .beside import side_stream
 
 logger = logging.getLogger("sparse_forcing.offload")
 
@@ -30,7 +31,7 @@ class HostLayers:
         self.tensors = [_host_zeros(shape, dtype, self.device) for _ in range(count)]
         # [2, ...] each: of even and of odd layers
         self.room = [torch.zeros(2, *shape[1:], dtype=dtype, device=device) for _ in range(count)]
-        self._copies = _stream_of(self.device) if self.device.type == "cuda" else None
+        self._copies = side_stream(self.device, "offload") if self.device.type == "cuda" else None
         self._ahead: tuple[int, torch.cuda.Event | None] | None = None  # the layer that is on its way
 
     def take(self, layer: int) -> list[Tensor]:
@@ -101,9 +102,3 @@ def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
             str(error).strip().splitlines()[0],
         )
         return torch.zeros(shape, dtype=dtype)
-
-
-@cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One a device, for all streams of video."""
-    return torch.cuda.Stream(device)

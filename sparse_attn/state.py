@@ -7,7 +7,7 @@ behind: the next `begin_chunk` takes its place. So finished chunks survive an in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import get_args
 
@@ -152,10 +152,7 @@ class StreamState:
             out = self._attend_sparse(self.cache, layer, q_stored, k, v)
         else:
             out = self._attend_dense(self.cache, layer, q_stored, k, v)
-        if self.stores:
-            self._attended.add(layer)
-        else:
-            self._attended.discard(layer)
+        self._wrote([layer])
         return out.to(q.dtype)
 
     def end_chunk(self) -> None:
@@ -171,9 +168,10 @@ class StreamState:
 
     def wrote_all(self) -> None:
         """Say that a pass wrote the open chunk's keys and values in every layer without `attend` (see `fast`)."""
-        self._attended.clear()
-        if self.stores:
-            self._attended.update(range(self.layers))
+        self._wrote(range(self.layers))
+
+    def _wrote(self, layers: Iterable[int]) -> None:
+        (self._attended.update if self.stores else self._attended.difference_update)(layers)
 
     @property
     def stores(self) -> bool:
@@ -217,7 +215,9 @@ class StreamState:
 
     def _close(self) -> None:
         self.open_frames = 0  # latent frames of the open chunk, 0 between chunks
-        self.noisy = False  # whoever makes the passes may say so before one that another one follows in this chunk
+        self.noisy = (
+            False  # whoever makes the passes may say so before one that another one follows in this chunk
+        )
         self._attended: set[int] = set()
 
     def _attend_dense(self, cache: FrameCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -3,15 +3,8 @@
 Read `api` for the interface, `reference` for what the numbers mean, `constraints` for who may run where.
 """
 
-from .api import (
-    BlockLists,
-    attention_mass,
-    backend_report,
-    pbsa_attention,
-    pool_pages,
-    route,
-    route_parts,
-)
+from .api import BlockLists, attention_mass, pbsa_attention, pool_pages, route, route_parts
+from .constraints import backend_report
 
 __all__ = [
     "BlockLists",

@@ -8,25 +8,14 @@ Nothing here reads a value on the device: checks are of shapes, dtypes and devic
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import expect
 from . import reference
-from .constraints import backend_for, backend_report
-
-__all__ = [
-    "BlockLists",
-    "attention_mass",
-    "backend_report",
-    "pbsa_attention",
-    "pool_pages",
-    "route",
-    "route_parts",
-]
-
+from .constraints import backend_for
 
 PADDINGS = ("none", "finite", "any")
 
@@ -123,13 +112,7 @@ def attention_mass(
     expect("q_len", q_len, tuple(q.shape[:2]), q.device, torch.int32, "[G, NQ]")
     inputs = q, k_pages, page_len, *lists, q_len, lse, q.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.no_grad():
-        match backend_for(backend, "attention_mass", q.device, q.dtype, q.shape[3], q.shape[2]):
-            case "triton":
-                from . import triton
-
-                return triton.attention_mass(*inputs)
-            case _:
-                return reference.attention_mass(*inputs)
+        return _serve("attention_mass", backend, (q.device, q.dtype, q.shape[3], q.shape[2]), *inputs)
 
 
 def pool_pages(pages: Tensor, page_len: Tensor, *, backend: str = "auto") -> Tensor:
@@ -139,13 +122,8 @@ def pool_pages(pages: Tensor, page_len: Tensor, *, backend: str = "auto") -> Ten
     """
     expect("pages", pages, (None, None, None, None), pages.device, pages.dtype, "[G, n, T, D]")
     expect("page_len", page_len, tuple(pages.shape[:2]), pages.device, torch.int32, "[G, n]")
-    match backend_for(backend, "pool_pages", pages.device, pages.dtype, pages.shape[3], pages.shape[2]):
-        case "triton":
-            from . import triton
-
-            return triton.pool_pages(pages, page_len)
-        case _:
-            return reference.pool_pages(pages, page_len)
+    facts = pages.device, pages.dtype, pages.shape[3], pages.shape[2]
+    return _serve("pool_pages", backend, facts, pages, page_len)
 
 
 def route(
@@ -170,16 +148,10 @@ def route(
     """
     _check_route(pooled_q, pooled_k, always, local, k)
     scale = pooled_q.shape[-1] ** -0.5 if scale is None else float(scale)
-    keep = min(k, local.shape[1])
+    inputs = pooled_q, pooled_k, always, local, min(k, local.shape[1]), scale
     facts = pooled_q.device, pooled_q.dtype, pooled_q.shape[2], None, pooled_k.shape[1]
     with torch.no_grad():
-        match backend_for(backend, "route", *facts):
-            case "triton":
-                from . import triton
-
-                idx, cnt, shares = triton.route(pooled_q, pooled_k, always, local, keep, scale)
-            case _:
-                idx, cnt, shares = reference.route(pooled_q, pooled_k, always, local, keep, scale)
+        idx, cnt, shares = _serve("route", backend, facts, *inputs)
     return BlockLists(idx, cnt), shares
 
 
@@ -201,24 +173,27 @@ def route_parts(
     Each part of the queries has a softmax over the parts of all candidates' keys, as if each of a part's tokens had its
     mean; a page's share is the mean over the queries. -> as `route`; pages are kept by their shares. R is a power of 2.
     """
+    expect("pooled_q", pooled_q, (None,) * 4, pooled_q.device, pooled_q.dtype, "[G, NQ, R, D]")
     _check_route(pooled_q.flatten(2), pooled_k.flatten(2), always, local, k)
     groups, blocks, parts, dim = pooled_q.shape
     expect("pooled_k", pooled_k, (groups, None, parts, dim), pooled_q.device, pooled_q.dtype, "[G, S, R, D]")
     expect("q_parts", q_parts, (groups, blocks, parts), pooled_q.device, torch.int32, "[G, NQ, R]")
     expect("k_parts", k_parts, tuple(pooled_k.shape[:3]), pooled_q.device, torch.int32, "[G, S, R]")
     scale = dim**-0.5 if scale is None else float(scale)
-    keep = min(k, local.shape[1])
-    inputs = pooled_q, pooled_k, q_parts, k_parts, always, local, keep, scale
+    inputs = pooled_q, pooled_k, q_parts, k_parts, always, local, min(k, local.shape[1]), scale
     facts = pooled_q.device, pooled_q.dtype, dim, None, parts * pooled_k.shape[1]
     with torch.no_grad():
-        match backend_for(backend, "route_parts", *facts):
-            case "triton":
-                from . import triton
-
-                idx, cnt, shares = triton.route_parts(*inputs)
-            case _:
-                idx, cnt, shares = reference.route_parts(*inputs)
+        idx, cnt, shares = _serve("route_parts", backend, facts, *inputs)
     return BlockLists(idx, cnt), shares
+
+
+def _serve(operation: str, backend: str, facts: tuple, *inputs: Any) -> Any:
+    """The operation, which both backends have under this name, by the one that may serve a call of these facts."""
+    if backend_for(backend, operation, *facts) == "triton":
+        from . import triton
+
+        return getattr(triton, operation)(*inputs)
+    return getattr(reference, operation)(*inputs)
 
 
 def _check_attention(

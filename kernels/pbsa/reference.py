@@ -146,11 +146,11 @@ def route_parts(
     candidates = torch.cat([always, local], dim=1).long()
     groups = torch.arange(len(candidates), device=candidates.device)[:, None]
     chosen = pooled_k[groups, candidates], k_parts[groups, candidates]
-    shares = shares_of_parts(pooled_q, chosen[0], q_parts, chosen[1], scale)
+    shares = _shares_of_parts(pooled_q, chosen[0], q_parts, chosen[1], scale)
     return *_keep_best(shares, candidates, always.shape[1], keep), shares
 
 
-def shares_of_parts(
+def _shares_of_parts(
     pooled_q: Tensor, pooled_k: Tensor, q_parts: Tensor, k_parts: Tensor, scale: float
 ) -> Tensor:
     """What query blocks give key blocks, [G, NQ, M]: the softmax of each part of the queries, averaged.

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .forward import PADDING, precision, scratch, unit_rows
-from .primitives import load_rows, store_rows
+from .primitives import described_rows, load_rows, store_rows
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def backward_queries(
         v_tile = load_rows(v + slot * v_s, tokens * v_t, valid, D, D_PAD, PADDING == 2)
         acc = _add_keys(
             q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, acc, scale_log2, PADDING > 0, PRECISION
-        )
+        )  # fmt: skip
     store_rows(dq, row * D, acc * scale, keep, D, D_PAD)
 
 
@@ -223,10 +223,10 @@ def backward_queries_described(
     group_rows = num_lists * list_rows
     row = g * group_rows + which * list_rows + rows  # over all groups
     at = which * list_rows + first  # a tile may run into the next list's rows: not stored
-    q_tile = _rows_of(q + g * q_g, group_rows, D, D_PAD, ROWS).load([at, 0])
-    do_tile = _rows_of(grad_out + g * group_rows * D, group_rows, D, D_PAD, ROWS).load([at, 0])
-    k_rows = _rows_of(k + g * k_g, num_slots * T, D, D_PAD, KEYS)
-    v_rows = _rows_of(v + g * v_g, num_slots * T, D, D_PAD, KEYS)
+    q_tile = described_rows(q + g * q_g, group_rows, D, D_PAD, ROWS).load([at, 0])
+    do_tile = described_rows(grad_out + g * group_rows * D, group_rows, D, D_PAD, ROWS).load([at, 0])
+    k_rows = described_rows(k + g * k_g, num_slots * T, D, D_PAD, KEYS)
+    v_rows = described_rows(v + g * v_g, num_slots * T, D, D_PAD, KEYS)
     row_lse = tl.load(lse_log2 + row, mask=keep, other=float("inf"))
     row_delta = tl.load(delta + row, mask=keep, other=0.0)
 
@@ -246,7 +246,7 @@ def backward_queries_described(
             valid = tokens < tl.load(lens + slot)
         acc = _add_keys(
             q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, acc, scale_log2, PADDING > 0, PRECISION
-        )
+        )  # fmt: skip
     store_rows(dq, row * D, acc * scale, keep, D, D_PAD)
 
 
@@ -262,12 +262,6 @@ def _add_keys(
         weights = tl.where(valid[None, :], weights, 0.0)
     ds = weights * (tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None])
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _rows_of(start, count, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
-    """The copy engine's view of `count` rows of D elements, by ROWS of them."""
-    return tl.make_tensor_descriptor(start, shape=[count, D], strides=[D, 1], block_shape=[ROWS, D_PAD])
 
 
 @triton.jit(do_not_specialize=["num_targets", "blocks", "num_slots"])
@@ -301,10 +295,9 @@ def backward_pages(
         first = (g * blocks + n) * T  # the block's first row, over all groups
         q_tile = load_rows(q + n * q_n, rows * q_t, rows < T, D, D_PAD, False)  # [ROWS, D_PAD]
         do_tile = load_rows(grad_out + first * D, rows * D, rows < T, D, D_PAD, False)
-        row_lse, row_delta = tl.load(lse_log2 + first + rows), tl.load(delta + first + rows)
         dk_acc, dv_acc = _add_queries(
-            q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, dk_acc, dv_acc, scale_log2, PADDING > 0,
-            PRECISION,
+            q_tile, do_tile, k_tile, v_tile, lse_log2 + first + rows, delta + first + rows, valid, dk_acc, dv_acc,
+            scale_log2, PADDING > 0, PRECISION,
         )  # fmt: skip
     at = (target * T + tokens) * D
     keep = tokens < T
@@ -330,10 +323,10 @@ def backward_pages_described(
     valid = tokens < T
     if PADDING > 0:
         valid = tokens < tl.load(page_len + g * num_slots + slot)
-    k_tile = _rows_of(k + g * k_g, num_slots * T, D, D_PAD, KEYS).load([slot * T + token, 0])
-    v_tile = _rows_of(v + g * v_g, num_slots * T, D, D_PAD, KEYS).load([slot * T + token, 0])
-    q_rows = _rows_of(q + g * q_g, blocks * T, D, D_PAD, ROWS)
-    do_rows = _rows_of(grad_out + g * blocks * T * D, blocks * T, D, D_PAD, ROWS)
+    k_tile = described_rows(k + g * k_g, num_slots * T, D, D_PAD, KEYS).load([slot * T + token, 0])
+    v_tile = described_rows(v + g * v_g, num_slots * T, D, D_PAD, KEYS).load([slot * T + token, 0])
+    q_rows = described_rows(q + g * q_g, blocks * T, D, D_PAD, ROWS)
+    do_rows = described_rows(grad_out + g * blocks * T * D, blocks * T, D, D_PAD, ROWS)
 
     dk_acc = tl.zeros((KEYS, D_PAD), tl.float32)
     dv_acc = tl.zeros((KEYS, D_PAD), tl.float32)
@@ -343,10 +336,9 @@ def backward_pages_described(
         q_tile = q_rows.load([first, 0])
         do_tile = do_rows.load([first, 0])
         row = g * blocks * T + first + tl.arange(0, ROWS)
-        row_lse, row_delta = tl.load(lse_log2 + row), tl.load(delta + row)
         dk_acc, dv_acc = _add_queries(
-            q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, dk_acc, dv_acc, scale_log2, PADDING > 0,
-            PRECISION,
+            q_tile, do_tile, k_tile, v_tile, lse_log2 + row, delta + row, valid, dk_acc, dv_acc, scale_log2,
+            PADDING > 0, PRECISION,
         )  # fmt: skip
     at = (target * T + tokens) * D
     keep = tokens < T
@@ -356,15 +348,18 @@ def backward_pages_described(
 
 @triton.jit
 def _add_queries(
-    q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, dk_acc, dv_acc, scale_log2,
+    q_tile, do_tile, k_tile, v_tile, lse_log2, delta, valid, dk_acc, dv_acc, scale_log2,
     MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK / scale and dV [KEYS, D_PAD] with what the query rows of these tiles [ROWS, D_PAD] add to them."""
+    """dK / scale and dV [KEYS, D_PAD] with what the query rows of these tiles [ROWS, D_PAD] add to them.
+
+    lse_log2, delta: where the rows' are [ROWS], read where they are used.
+    """
     scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-    weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
+    weights = tl.exp2(scores * scale_log2 - tl.load(lse_log2)[None, :])
     if MASK:
         weights = tl.where(valid[:, None], weights, 0.0)
     dv_acc = tl.dot(weights.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
     dw = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-    ds = weights * (dw - row_delta[None, :])
+    ds = weights * (dw - tl.load(delta)[None, :])
     return tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION), dv_acc

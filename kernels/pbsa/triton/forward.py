@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import load_rows, softmax_step, store_rows
+from .primitives import described_rows, load_rows, softmax_step, store_rows
 from .variants import Variant
 
 PADDING = {"none": 0, "finite": 1, "any": 2}  # the kernels' PADDING; see `api.pbsa_attention`
@@ -153,6 +153,14 @@ def _locate(whole, parts, tiles, num_lists):
 
 
 @triton.jit
+def _own_pages(idx, cnt, row_of_lists, longest, part, share):
+    """Where a program's part of a list begins, and how many pages it has."""
+    listed = tl.load(cnt + row_of_lists)
+    begin = listed * part // share
+    return idx + row_of_lists * longest + begin, listed * (part + 1) // share - begin
+
+
+@triton.jit
 def _own_rows(tile, part, parts, whole, num_rows, row, ROWS: tl.constexpr):
     """Where a program leaves its rows: at `row`, or behind the last row for the parts after a tile's first."""
     behind = num_rows + ((tile - whole).to(tl.int64) * (parts - 1) + part - 1) * ROWS + tl.arange(0, ROWS)
@@ -206,11 +214,7 @@ def forward_pointers(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D_PAD), tl.float32)
-    row_of_lists = g * num_lists + which
-    listed = tl.load(cnt + row_of_lists)
-    begin = listed * part // share
-    count = listed * (part + 1) // share - begin
-    pages = idx + row_of_lists * longest + begin
+    pages, count = _own_pages(idx, cnt, g * num_lists + which, longest, part, share)
     lens = page_len + g * num_slots
     k += g * k_g
     v += g * v_g
@@ -260,18 +264,12 @@ def forward_descriptors(
     tile, g, which, in_list, part, share = _locate(whole, parts, tiles, num_lists)
     g = g.to(tl.int64)
     first = in_list * ROWS  # within the list's rows
-    q_rows = tl.make_tensor_descriptor(
-        q + g * q_g, shape=[num_lists * list_rows, D], strides=[D, 1], block_shape=[ROWS, D_PAD]
-    )
-    k_rows = tl.make_tensor_descriptor(
-        k + g * k_g, shape=[num_slots * T, D], strides=[D, 1], block_shape=[KEYS, D_PAD]
-    )
+    q_rows = described_rows(q + g * q_g, num_lists * list_rows, D, D_PAD, ROWS)
+    k_rows = described_rows(k + g * k_g, num_slots * T, D, D_PAD, KEYS)
     # With warps apart, both products of a step are cut alike: where it has 64 keys and a row 128 dims, v in two halves.
     HALVES: tl.constexpr = SPECIALISE and KEYS < D_PAD
     V_DIMS: tl.constexpr = KEYS if HALVES else D_PAD
-    v_rows = tl.make_tensor_descriptor(
-        v + g * v_g, shape=[num_slots * T, D], strides=[D, 1], block_shape=[KEYS, V_DIMS]
-    )
+    v_rows = described_rows(v + g * v_g, num_slots * T, D, V_DIMS, KEYS)
     q_tile = q_rows.load([which * list_rows + first, 0])  # may run into the next list's rows: not stored
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -279,11 +277,7 @@ def forward_descriptors(
     acc = tl.zeros((ROWS, V_DIMS), tl.float32)
     if HALVES:
         high = tl.zeros((ROWS, V_DIMS), tl.float32)
-    row_of_lists = g * num_lists + which
-    listed = tl.load(cnt + row_of_lists)
-    begin = listed * part // share
-    count = listed * (part + 1) // share - begin
-    pages = idx + row_of_lists * longest + begin
+    pages, count = _own_pages(idx, cnt, g * num_lists + which, longest, part, share)
     lens = page_len + g * num_slots
     keys = tl.arange(0, KEYS)
     PARTS: tl.constexpr = T // KEYS
@@ -328,25 +322,15 @@ def forward_two_pages(
     tile, g, which, in_list, part, share = _locate(whole, parts, tiles, num_lists)
     g = g.to(tl.int64)
     first = in_list * ROWS  # within the list's rows
-    q_rows = tl.make_tensor_descriptor(
-        q + g * q_g, shape=[num_lists * list_rows, D], strides=[D, 1], block_shape=[ROWS, D_PAD]
-    )
-    k_rows = tl.make_tensor_descriptor(
-        k + g * k_g, shape=[num_slots * T, D], strides=[D, 1], block_shape=[T, D_PAD]
-    )
-    v_rows = tl.make_tensor_descriptor(
-        v + g * v_g, shape=[num_slots * T, D], strides=[D, 1], block_shape=[T, D_PAD]
-    )
+    q_rows = described_rows(q + g * q_g, num_lists * list_rows, D, D_PAD, ROWS)
+    k_rows = described_rows(k + g * k_g, num_slots * T, D, D_PAD, T)
+    v_rows = described_rows(v + g * v_g, num_slots * T, D, D_PAD, T)
     q_tile = q_rows.load([which * list_rows + first, 0])  # may run into the next list's rows: not stored
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D_PAD), tl.float32)
-    row_of_lists = g * num_lists + which
-    listed = tl.load(cnt + row_of_lists)
-    begin = listed * part // share
-    count = listed * (part + 1) // share - begin
-    pages = idx + row_of_lists * longest + begin
+    pages, count = _own_pages(idx, cnt, g * num_lists + which, longest, part, share)
     lens = page_len + g * num_slots
     for i in range(count // 2):
         slot, other = tl.load(pages + 2 * i), tl.load(pages + 2 * i + 1)

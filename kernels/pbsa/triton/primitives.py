@@ -27,6 +27,12 @@ def load_rows(start, offsets, keep, D: tl.constexpr, D_PAD: tl.constexpr, MASK: 
 
 
 @triton.jit
+def described_rows(start, count, D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr):
+    """The copy engine's view of `count` rows of D elements: tiles [ROWS, DIMS]."""
+    return tl.make_tensor_descriptor(start, shape=[count, D], strides=[D, 1], block_shape=[ROWS, DIMS])
+
+
+@triton.jit
 def store_rows(start, offsets, tile, keep, D: tl.constexpr, D_PAD: tl.constexpr):
     """Write the rows of `tile` [rows, D_PAD] that `keep` [rows] names, [row, dim] to start + offsets[row] + dim."""
     dims = tl.arange(0, D_PAD)

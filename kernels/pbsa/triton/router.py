@@ -35,9 +35,7 @@ def route(
     device = pooled_q.device
     slots_pad = max(32, triton.next_power_of_2(slots))
     vectors = [x.contiguous() for x in (pooled_q, pooled_k, always, local)]
-    idx = torch.empty((groups, blocks, fixed + keep), dtype=torch.int32, device=device)
-    cnt = torch.empty((groups, blocks), dtype=torch.int32, device=device)
-    shares = torch.empty((groups, blocks, fixed + free), dtype=torch.float32, device=device)
+    idx, cnt, shares = _results((groups, blocks), fixed, free, keep, device)
     if slots <= CHOOSE_SLOTS:
         with torch.cuda.device_of(pooled_q):
             choose[(triton.cdiv(blocks, CHOOSE_TILE["ROWS"]), groups)](
@@ -71,10 +69,7 @@ def route_parts(
     """See `api.route_parts`; `keep` <= NL. Results as of `route`."""
     groups, blocks, parts, dim = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
-    device = pooled_q.device
-    idx = torch.empty((groups, blocks, fixed + keep), dtype=torch.int32, device=device)
-    cnt = torch.empty((groups, blocks), dtype=torch.int32, device=device)
-    shares = torch.empty((groups, blocks, fixed + free), dtype=torch.float32, device=device)
+    idx, cnt, shares = _results((groups, blocks), fixed, free, keep, pooled_q.device)
     inputs = [x.contiguous() for x in (pooled_q, pooled_k, q_parts, k_parts, always, local)]
     slots_pad = max(32, triton.next_power_of_2(slots))
     with torch.cuda.device_of(pooled_q):
@@ -83,6 +78,15 @@ def route_parts(
             D=dim, PARTS=parts, SLOTS=slots_pad, STEP=PARTS_STEP, num_warps=parts_warps(slots_pad),
         )  # fmt: skip
     return idx, cnt, shares
+
+
+def _results(
+    rows: tuple[int, int], fixed: int, free: int, keep: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for idx, cnt and shares of rows [G, NQ]."""
+    idx = torch.empty((*rows, fixed + keep), dtype=torch.int32, device=device)
+    cnt = torch.empty(rows, dtype=torch.int32, device=device)
+    return idx, cnt, torch.empty((*rows, fixed + free), dtype=torch.float32, device=device)
 
 
 def parts_warps(slots: int) -> int:
