@@ -313,15 +313,11 @@ class FullSize:
     def chunks(self, run: Callable, memory, count: int) -> Iterator:
         """The chunks of a stream from an empty memory."""
         size = self.size
-
-        @torch.no_grad()
-        def denoise(x: Tensor, sigma: float) -> Tensor:
-            return x - sigma * run(x, sigma, self.cross_kv).float()
-
         memory.reset()
         yield from stream(
-            denoise, memory, self.sampler, shape=(self.args.batch, 16, size.height // 8, size.width // 8),
-            total_frames=count * size.chunk, device=self.device,
+            fast.denoiser(run, self.cross_kv), memory, self.sampler,
+            shape=(self.args.batch, 16, size.height // 8, size.width // 8), total_frames=count * size.chunk,
+            device=self.device,
         )  # fmt: skip
 
     def roll(self, run: Callable, memory, chunks: int, keep: bool = False) -> list[float]:
@@ -340,8 +336,9 @@ class FullSize:
             memory.begin_chunk(self.size.chunk)
             x = torch.zeros(self.args.batch, 16, self.size.chunk, self.size.height // 8, self.size.width // 8)
             x = x.to(self.device)
-            for sigma in (*self.sampler.sigmas, 0.0):
+            for sigma in self.sampler.sigmas:
                 run(x, sigma, self.cross_kv)
+            run.remember(x, self.cross_kv)
             memory.end_chunk()
 
         chunk()
@@ -468,6 +465,10 @@ class EagerLoop:
     @property
     def nbytes(self) -> int:
         return sum(pool.numel() * pool.element_size() for pool in (*self.k, *self.v))
+
+    def remember(self, x_BCFHW: Tensor, cross_kv) -> None:
+        """The whole pass, as there."""
+        self(x_BCFHW, 0.0, cross_kv)
 
     @torch.no_grad()
     def __call__(self, x_BCFHW: Tensor, sigma: float, cross_kv) -> Tensor:

@@ -3,6 +3,7 @@
     fast, why = choose_pass(model, memory)         # FastPass, or ComposablePass and the reason
     memory.begin_chunk(frames)
     flow = fast(x, sigma, cross_kv)                # as often as the sampler wants
+    fast.remember(x0, cross_kv)                    # the clean pass
     memory.end_chunk()
 
 The composable pass, `WanModel.forward` with `StreamState.attend`, stays the definition, and serves models that somebody
@@ -34,7 +35,7 @@ from ..kernels import BlockLists, fused, pbsa_attention
 from .fast_weights import FastBlock, FastModel, FastOptions
 from .frame_cache import FrameCache
 from .memory import PagedKV
-from .rollout import upload
+from .rollout import Denoise, upload
 from .router import choose_blocks
 from .state import StreamState, sdpa
 from .wan import (
@@ -64,6 +65,9 @@ class Pass(Protocol):
 
     def __call__(self, x_BCFHW: Tensor, sigma: float, cross_kv: CrossKV) -> Tensor: ...
 
+    def remember(self, x_BCFHW: Tensor, cross_kv: CrossKV) -> None:
+        """The clean pass, for what it writes into the memory."""
+
 
 @dataclass
 class ComposablePass:
@@ -76,6 +80,21 @@ class ComposablePass:
     def __call__(self, x_BCFHW: Tensor, sigma: float, cross_kv: CrossKV) -> Tensor:
         timesteps = frame_timesteps(sigma, x_BCFHW.shape[0], x_BCFHW.shape[2], x_BCFHW.device)
         return self.model(x_BCFHW, timesteps, cross_kv, self.memory.attend, self.memory.t_start)
+
+    def remember(self, x_BCFHW: Tensor, cross_kv: CrossKV) -> None:
+        self(x_BCFHW, 0.0, cross_kv)
+
+
+def denoiser(run: Pass, cross_kv: CrossKV) -> Denoise:
+    """What `rollout.stream` asks for: denoise(x, sigma) -> x0 float32; at sigma 0 that is x, whatever the flow."""
+
+    def denoise(x_BCFHW: Tensor, sigma: float) -> Tensor:
+        if sigma == 0:
+            run.remember(x_BCFHW, cross_kv)
+            return x_BCFHW.float()
+        return x_BCFHW.float() - sigma * run(x_BCFHW, sigma, cross_kv).float()
+
+    return denoise
 
 
 def choose_pass(model: WanModel, memory: StreamState, options: FastOptions | None = None) -> tuple[Pass, str]:
@@ -183,7 +202,7 @@ class Graph:
 
     inputs: Inputs
     replay: Callable[[], None]
-    flow: Tensor
+    flow: Tensor | None
     shares: list[Tensor | None]
 
 
@@ -233,27 +252,38 @@ class FastPass:
     @torch.inference_mode(False)  # what is kept for later passes must be writable in any mode
     @torch.no_grad()
     def __call__(self, x_BCFHW: Tensor, sigma: float, cross_kv: CrossKV) -> Tensor:
-        timestep = torch.full(
-            (x_BCFHW.shape[0], x_BCFHW.shape[2]), 1000.0 * sigma, dtype=torch.float32, device=x_BCFHW.device
-        )
-        return self.at(x_BCFHW, timestep, cross_kv, sigma == 0)
+        return self.at(x_BCFHW, _timestep(x_BCFHW, sigma), cross_kv, sigma == 0)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def remember(self, x_BCFHW: Tensor, cross_kv: CrossKV) -> None:
+        """The clean pass, which ends where its last layer has written and weighed its pages: the rest makes a flow."""
+        self._run(x_BCFHW, _timestep(x_BCFHW, 0.0), cross_kv, clean=True, wanted=False)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def at(self, x_BCFHW: Tensor, timestep_BF: Tensor, cross_kv: CrossKV, clean: bool) -> Tensor:
         """The pass at timesteps [B, F] float32 that the device already has; clean: whether they are 0."""
+        flow = self._run(x_BCFHW, timestep_BF, cross_kv, clean, wanted=True)
+        assert flow is not None
+        return flow
+
+    def _run(
+        self, x_BCFHW: Tensor, timestep_BF: Tensor, cross_kv: CrossKV, clean: bool, wanted: bool
+    ) -> Tensor | None:
+        """The flow, or None where it is not wanted."""
         _, _, frames, height, width = x_BCFHW.shape
         self._open(x_BCFHW)
         cos, sin = self._rope_of(frames, height, width, x_BCFHW.device)
         inputs = Inputs(x_BCFHW, timestep_BF, cos, sin, self._tables)
         kind = self._kind(clean)
         shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), cross_kv[0][0]))
-        key = (kind, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores)
+        key = (kind, wanted, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores)
         kept = self._kept_of(inputs) if kind != EXACT else None
         if graph := self._graph_for(key, inputs, cross_kv, kept):
             flow, shares = self._replay(graph, inputs, cross_kv), graph.shares
         else:
-            flow, shares = self._forward(inputs, cross_kv, kind, kept)
+            flow, shares = self._forward(inputs, cross_kv, kind, kept, wanted)
         if kind == FIRST:
             self._kept_in_chunk = self._chunk
         if isinstance(self.memory.cache, PagedKV):
@@ -309,9 +339,9 @@ class FastPass:
     # the pass
 
     def _forward(
-        self, inputs: Inputs, cross_kv: CrossKV, kind: str, kept: Kept | None
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """-> flow [B, C, F, H, W] in x's dtype, and each layer's shares (see `PagedKV`)."""
+        self, inputs: Inputs, cross_kv: CrossKV, kind: str, kept: Kept | None, wanted: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """-> flow [B, C, F, H, W] in x's dtype, None unless `wanted`, and each layer's shares (see `PagedKV`)."""
         model, blocks, backend = self.model, self.prepared.blocks, self.backend
         eight = self.options.fp8  # every norm but the head's goes straight into a product
         shares: list[Tensor | None] = [None] * len(blocks)
@@ -325,8 +355,10 @@ class FastPass:
             ends = [(m[:, :, 1], m[:, :, 0]) for m in mod] + [(head_scale, head_shift)]  # scale, shift
             normal = fused.modulated_norm(x, *ends[0], eight_bits=eight, backend=backend)
         for layer, block in enumerate(blocks):
-            gates = mod[layer]
-            y, shares[layer] = self._attend(layer, block, normal, inputs, kind, kept)
+            gates, last = mod[layer], layer + 1 == len(blocks)
+            y, shares[layer] = self._attend(layer, block, normal, inputs, kind, kept, wanted or not last)
+            if y is None:
+                return None, shares
             with named_range("linear"):
                 y = block.o(y)
             with named_range("element-wise"):
@@ -342,7 +374,6 @@ class FastPass:
             with named_range("linear"):
                 y = block.ffn(normal)
             with named_range("element-wise"):
-                last = layer + 1 == len(blocks)
                 x, normal = fused.gated_residual_norm(
                     x, y, gates[:, :, 5], *ends[layer + 1], eight_bits=eight and not last, backend=backend
                 )
@@ -380,8 +411,10 @@ class FastPass:
         inputs: Inputs,
         kind: str,
         kept: Kept | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of the open chunk up to the output projection: [B, N, C], and what each page got."""
+        wanted: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Self-attention of the open chunk up to the output projection, None unless `wanted`: [B, N, C], and what each
+        page got."""
         cache, memory = self.memory.cache, self.memory
         with named_range("linear"):
             q, k, v = block.qkv(normal)
@@ -391,6 +424,8 @@ class FastPass:
                 q = fused.norm_rope_to_frames(
                     *parts, inputs.tables[0], cache.k[layer], cache.v[layer], backend=self.backend
                 )
+            if not wanted:
+                return None, None
             with named_range("attention"), best_attention(q.device):
                 return memory.dense_attention(q, *cache.read(layer)).flatten(2), None
         current, persistent, window = (table[layer] for table in inputs.tables)
@@ -408,7 +443,9 @@ class FastPass:
             if cache.quarters:
                 pooled_q = cache.pool_written(layer, current, pages[0], q_blocks)
         reading = cache, pages, persistent, window
-        out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept)
+        out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept, wanted)
+        if out is None:
+            return None, shares
         with named_range("element-wise"):
             tokens = fused.blocks_to_tokens(out, rows, memory.batch, q.shape[1], backend=self.backend)
         return tokens, shares
@@ -424,8 +461,9 @@ class FastPass:
         window: Tensor,
         kind: str,
         kept: Kept | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """q blocks [G, NB, T, D] over the pages that the router names -> out like q blocks, shares."""
+        wanted: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """q blocks [G, NB, T, D] over the pages that the router names -> out like q blocks, if `wanted`, and shares."""
         apart = kind != EXACT and self.options.reuse_persistent and persistent.shape[1] > 0
         always, local = (persistent[:, :0], window) if apart else (persistent, window)
         if self.options.persistent_in_topk:
@@ -443,6 +481,8 @@ class FastPass:
             if kind == FIRST and self.options.router_once:
                 assert kept is not None
                 kept.lists[layer] = BlockLists(*_keep(kept.lists[layer], lists))
+        if not wanted:
+            return None, shares
         with named_range("attention"):
             out, lse = self._pbsa(layer, cache, pages, q_blocks, lists)
             if not apart:
@@ -492,25 +532,26 @@ class FastPass:
             if self.graphs.met.setdefault(key, self._chunk) == self._chunk:
                 return None
             try:
-                self.graphs.captured[key] = self._capture(key[0], inputs, cross_kv, kept)
+                self.graphs.captured[key] = self._capture(key, inputs, cross_kv, kept)
             except RuntimeError as error:  # whatever cannot be captured can still be run
                 self.graphs.failure = f"capture failed: {str(error).strip().splitlines()[0]}"
                 logger.warning("CUDA graphs are not used: %s", self.graphs.failure)
                 return None
         return self.graphs.captured[key]
 
-    def _capture(self, kind: str, inputs: Inputs, cross_kv: CrossKV, kept: Kept | None) -> Graph:
+    def _capture(self, key: tuple, inputs: Inputs, cross_kv: CrossKV, kept: Kept | None) -> Graph:
+        kind, wanted = key[:2]
         own, own_kv = inputs.clone(), self._own_prompt(cross_kv)
         if self.graphs.pool is None:
             self.graphs.pool = new_pool()
-        replay, (flow, shares) = record(lambda: self._forward(own, own_kv, kind, kept), self.graphs.pool)
+        replay, (flow, shares) = record(lambda: self._forward(own, own_kv, kind, kept, wanted), self.graphs.pool)
         return Graph(own, replay, flow, shares)
 
-    def _replay(self, graph: Graph, inputs: Inputs, cross_kv: CrossKV) -> Tensor:
+    def _replay(self, graph: Graph, inputs: Inputs, cross_kv: CrossKV) -> Tensor | None:
         self._own_prompt(cross_kv)
         graph.inputs.copy_(inputs)
         graph.replay()
-        return graph.flow.clone()  # the next pass writes the graph's own
+        return None if graph.flow is None else graph.flow.clone()  # the next pass writes the graph's own
 
     def _own_prompt(self, cross_kv: CrossKV) -> CrossKV:
         """Where graphs find the prompt's keys and values; copied there when another list is given than last time."""
@@ -525,6 +566,12 @@ class FastPass:
                     a.copy_(b)
             held.source = cross_kv
         return held.own
+
+
+def _timestep(x_BCFHW: Tensor, sigma: float) -> Tensor:
+    """[B, F] float32."""
+    shape = x_BCFHW.shape[0], x_BCFHW.shape[2]
+    return torch.full(shape, 1000.0 * sigma, dtype=torch.float32, device=x_BCFHW.device)
 
 
 def new_pool() -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..kernels.pbsa.constraints import Call, choose
 from .beside import Beside, pays_on
 from .config import PIXELS_PER_TOKEN, AttentionConfig, SamplerConfig, check_length, check_size, pixel_frames
-from .fast import ComposablePass, choose_pass
+from .fast import ComposablePass, choose_pass, denoiser
 from .given import latent_frames_of, usable_frames
 from .pictures import to_uint8
 from .rollout import Denoise, prefill, stream
@@ -350,8 +350,4 @@ class VideoPipeline:
         # On a GPU launches are what a small pass waits for; elsewhere the plain pass is as fast and is the definition.
         fast = self.device.type == "cuda"
         run = choose_pass(self.dit, memory)[0] if fast else ComposablePass(self.dit, memory)
-
-        def denoise(x_BCFHW: Tensor, sigma: float) -> Tensor:
-            return x_BCFHW.float() - sigma * run(x_BCFHW, sigma, cross_kv).float()
-
-        return denoise
+        return denoiser(run, cross_kv)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import AttentionConfig
-from ..fast import choose_pass
+from ..fast import choose_pass, denoiser
 from ..rollout import prefill, stream
 from ..state import StreamState
 from ..vae import WanVAE
@@ -62,12 +62,7 @@ def sample(
         chunk_frames=SAMPLER.chunk_frames, attention=attention, total_frames=frames, dtype=dit.dtype,
         device=device,
     )  # fmt: skip
-    flow, _ = choose_pass(dit, memory)
-    cross_kv = dit.cross_kv(rows)
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return x.float() - sigma * flow(x, sigma, cross_kv).float()
-
+    denoise = denoiser(choose_pass(dit, memory)[0], dit.cross_kv(rows))
     parts = []
     if given is not None:
         prefill(denoise, memory, given.to(device), SAMPLER.chunk_frames)

@@ -68,22 +68,32 @@ def latents(lengths, batch=1, seed=3):
     return [torch.randn(batch, 16, n, GRID[0] * 2, GRID[1] * 2, generator=draw) for n in lengths]
 
 
-def run_stream(run, memory, chunks, cross_kv, sigmas=(*SIGMAS, 0.0)):
-    """The flows of all passes of all chunks."""
+def run_stream(run, memory, chunks, cross_kv, sigmas=(*SIGMAS, 0.0), remember=False):
+    """The flows of all passes of all chunks; remember: whether one more pass only writes the memory."""
     flows = []
     for x in chunks:
         memory.begin_chunk(x.shape[2])
         flows += [run(x * (1 - sigma / 2), sigma, cross_kv) for sigma in sigmas]
+        if remember:
+            run.remember(x, cross_kv)
         memory.end_chunk()
     return flows
+
+
+def new_fast(model, options=None):
+    return lambda memory: FastPass(FastModel(model, options or FastOptions()), memory)
+
+
+def new_slow(model):
+    return lambda memory: ComposablePass(model, memory)
 
 
 def both(model, attention, chunks, options=None, batch=1, fast_memory=None):
     """(composable, fast): flows and memories of the same stream."""
     results = []
-    for build in (ComposablePass, lambda m, s: FastPass(FastModel(m, options or FastOptions()), s)):
+    for build in (new_slow(model), new_fast(model, options)):
         memory = new_memory(model, attention, batch)
-        flows = run_stream(build(model, memory), memory, chunks, prompt(model, batch=batch))
+        flows = run_stream(build(memory), memory, chunks, prompt(model, batch=batch))
         results.append((flows, memory))
     return results
 
@@ -111,6 +121,25 @@ def test_short_chunks_and_batches(mode):
     wanted = slow.snapshot()
     for name, tensor in quick.snapshot().items():
         torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pass_that_only_remembers_leaves_the_memory_of_a_clean_pass(mode):
+    """The rest of a clean pass, from the last layer's attention on, makes a flow that nobody reads."""
+    model, chunks = new_model(), latents([3] * 6)
+    memories = [new_memory(model, MODES[mode]) for _ in range(3)]
+    whole, fast, slow = (new(m) for new, m in zip((new_fast(model),) * 2 + (new_slow(model),), memories))
+    for x in chunks:
+        flows = []
+        for run, memory in zip((whole, fast, slow), memories):
+            memory.begin_chunk(3)
+            flows.append(run(x, 0.5, prompt(model)))
+            run(x, 0.0, prompt(model)) if run is whole else run.remember(x, prompt(model))
+            memory.end_chunk()
+        assert torch.equal(flows[0], flows[1])
+        assert_close(flows[2:], flows[:1])
+    wanted, found = memories[0].snapshot(), memories[1].snapshot()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.mark.parametrize("mode", ["window", "sparse"])
@@ -241,7 +270,8 @@ def fake_record(run, pool):
 
     def replay():
         new_flow, new_shares = run()
-        flow.copy_(new_flow)
+        if flow is not None:
+            flow.copy_(new_flow)
         for mine, new in zip(shares, new_shares):
             if new is not None:
                 mine.copy_(new)
@@ -277,7 +307,7 @@ def test_graphs_change_nothing(graphs, mode, options):
         run = FastPass(FastModel(model, chosen), memory)
         flows = []
         for chunk, words in zip(chunks, [0, 0, 0, 0, 1, 1]):  # the prompt changes while graphs are in use
-            flows += run_stream(run, memory, [chunk], prompt(model, seed=words))
+            flows += run_stream(run, memory, [chunk], prompt(model, seed=words), remember=True)
         results.append((flows, run, memory))
     (with_graphs, run, memory), (without, plain, _) = results
     assert all(torch.equal(a, b) for a, b in zip(with_graphs, without))
@@ -287,7 +317,7 @@ def test_graphs_change_nothing(graphs, mode, options):
     if mode == "dense":
         assert not kinds, "a memory that grows never meets the same extent in two chunks"
         memory.reset()
-        again = run_stream(run, memory, chunks[:2], prompt(model))
+        again = run_stream(run, memory, chunks[:2], prompt(model), remember=True)
         assert all(torch.equal(a, b) for a, b in zip(again, with_graphs)) and run.graphs.captured
     else:
         assert kinds == ({"exact", "first", "later"} if shares else {"exact"})
@@ -429,9 +459,9 @@ def test_cuda_graphs_change_no_bit(mode, options):
     results = []
     for graphs_on in (True, False):
         run, memory = on_cuda(model, GPU_MODES[mode], fast.replace(options, graphs=graphs_on), grid, dtype)
-        flows = run_stream(run, memory, chunks, kv)
+        flows = run_stream(run, memory, chunks, kv, remember=True)
         memory.reset()
-        flows += run_stream(run, memory, chunks, kv)  # a second stream through the same graphs
+        flows += run_stream(run, memory, chunks, kv, remember=True)  # a second stream through the same graphs
         assert run.graphs.failure is None and bool(run.graphs.captured) == graphs_on
         results.append(flows)
     assert all(torch.equal(a, b) for a, b in zip(*results))
