@@ -438,10 +438,6 @@ def forward_variants(tokens: int, shared: bool) -> Iterator[tuple]:
     for r, k, warps, stages in itertools.product(rows, keys, (8, 4), (2, 3)):
         if not (r == 64 and warps == 8):
             yield "descriptors", r, k, warps, stages
-    if tokens == 64:
-        for r, warps, stages in itertools.product(rows, (4, 8), (2, 1, 3)):
-            if not (r == 64 and warps == 8):
-                yield "two pages", r, 128, warps, stages
     for r, k, warps, stages in itertools.product(rows, (64, 128, 32), (4, 8), (3, 2, 4)):
         if not (r == 64 and warps == 8) and not (k == 128 and stages == 4):
             yield "pointers", r, k, warps, stages
@@ -489,22 +485,13 @@ def sweep_forward(case: Case, padding: str, clock: Clock, report: Report, deadli
         report.add("sweep", f"{case.label}, {padding}", row["name"], row["ms"], case.flop, **notes)
 
 
-def backward_tiles(make: Callable, tokens: int, which: str) -> Iterator:
-    """Tiles of the query or the page kernel: by pointers, then those by the copy engine that compile without spills."""
+def backward_tiles(make: Callable, tokens: int) -> Iterator:
+    """Tiles of the query or the page kernel."""
     sides = (64, 128) if tokens == 128 else (64,)
     for facts in itertools.product(sides, sides, (8, 4), (2, 3, 1)):
         yield make(*facts)
     if tokens == 64:
         yield from (make(32, 64, 4, stages) for stages in (2, 3))
-    described = [(64, 64, 4), (64, 64, 8)]
-    if tokens == 128:
-        described += [(64, 128, 8), (128, 64, 8), (64, 128, 4)]
-        described += [(128, 128, 8)] if which == "queries" else []
-    for (rows, keys, warps), stages in itertools.product(described, (2, 3)):
-        if (rows, keys, warps) != (64, 128, 4) or which == "queries":
-            yield make(rows, keys, warps, stages, "descriptors")
-        if warps == 4:
-            yield make(rows, keys, warps, stages, "specialised")
 
 
 def sweep_backward(case: Case, clock: Clock, report: Report, deadline: float) -> None:
@@ -520,7 +507,7 @@ def sweep_backward(case: Case, clock: Clock, report: Report, deadline: float) ->
     sizes = [rms(x) for x in truth]
     found = []
     for which, targets in (("queries", None), ("pages", every)):
-        for tile in backward_tiles(backward.Tile, case.tokens, which):
+        for tile in backward_tiles(backward.Tile, case.tokens):
             if time.monotonic() > deadline:
                 break
             pair = (tile, chosen[1]) if which == "queries" else (chosen[0], tile)
@@ -531,43 +518,13 @@ def sweep_backward(case: Case, clock: Clock, report: Report, deadline: float) ->
                 run = lambda: backward.launch(pair, *rest, targets, DIM**-0.5, "none")  # noqa: E731
                 return clock.ms(run), all(off < 0.01 for off in same)
 
-            name = f"{which} {tile.kind} {tile.rows}x{tile.keys} warps {tile.warps} stages {tile.stages}"
+            name = f"{which} {tile.rows}x{tile.keys} warps {tile.warps} stages {tile.stages}"
             if (done := attempt(name, once)) is not None:
                 found.append((which, *done, name))
     for which, ms, right, name in sorted(found):
         note = "dQ alone" if which == "queries" else "dQ as chosen, and dK, dV"
         flop = (1.5 if which == "queries" else 2.5) * case.flop
         report.add("sweep", f"backward, {case.label}", name, ms, flop, of=note, right=right)
-
-
-def sweep_router(tokens: int, keys: int, clock: Clock, report: Report, deadline: float) -> None:
-    """The router in two launches and in one with several tiles; `right` where the lists are those of two."""
-    router = import_module(f"{PACK}.kernels.pbsa.triton.router")
-    device = clock.flush.device
-    draw = torch.Generator(device).manual_seed(0)
-    slots, blocks = keys // tokens, -(-QUERIES // tokens)
-    pooled_q, pooled_k = (torch.randn(HEADS, n, DIM, generator=draw, device=device) for n in (blocks, slots))
-    always, local = split_slots(slots, 4096 // tokens, device)
-    kept = router.CHOOSE_TILE, router.CHOOSE_SLOTS_A_WARP, router.CHOOSE_SLOTS
-
-    def run():
-        return route(pooled_q, pooled_k, always, local, local.shape[1] // 4, backend="triton")
-
-    router.CHOOSE_SLOTS = 0
-    expected, label = run()[0].idx, f"router, {blocks} x {slots} blocks of {tokens}"
-    found = [(clock.ms(run), "two launches", True)]
-    for rows, step, warps in itertools.product((1, 2, 4, 8), (4, 8, 16), (1, 2, 4)):
-        if time.monotonic() > deadline or rows * step * slots > 2**16 * warps:
-            continue
-        router.CHOOSE_TILE, router.CHOOSE_SLOTS = {"ROWS": rows, "STEP": step}, slots
-        router.CHOOSE_SLOTS_A_WARP = slots // warps
-        name = f"one launch, {rows} rows, steps of {step}, {warps} warps"
-        same = attempt(name, lambda: (run()[0].idx == expected).float().mean().item())
-        if same is not None:
-            found.append((clock.ms(run), name, same > 0.999))  # of nearly equal scores either may win
-    router.CHOOSE_TILE, router.CHOOSE_SLOTS_A_WARP, router.CHOOSE_SLOTS = kept
-    for ms, name, right in sorted(found):
-        report.add("sweep", label, name, ms, right=right)
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -633,9 +590,6 @@ def main() -> None:
             for tokens in (128, 64):
                 case = Case(tokens, 32768, 0.2)
                 attempt("sweep", lambda case=case: sweep_backward(case, clock, report, deadline))
-        if "router" in args.only:
-            for tokens in (128, 64):
-                attempt("sweep", lambda tokens=tokens: sweep_router(tokens, 32768, clock, report, deadline))
     else:
         measure(args, clock, report)
     attempt("plot", report.plot)

@@ -132,13 +132,6 @@ def test_two_halves_of_v_on_hopper():
     assert binary.asm["ttgir"].count("#ttg.nvidia_mma<") == 1
 
 
-@pytest.mark.parametrize(("rows", "warps"), [(64, 4), (128, 8)])
-def test_two_pages_a_step(rows, warps):
-    """Not chosen yet: until a sweep on the device has said how fast it is."""
-    constants = BOTH | {"FLOOR": 0, "ROWS": rows, "KEYS": 128}
-    check(forward.forward_two_pages, 90, constants, warps, 2, f"two pages {rows}x128")
-
-
 @pytest.mark.parametrize("arch", TARGETS)
 def test_merge(arch):
     check(forward.merge, arch, {"D": 128, "D_PAD": 128, "ROWS": 128}, 8, 3)
@@ -150,18 +143,6 @@ def test_backward(arch, tokens):
     for kernel, tile in zip((backward.backward_queries, backward.backward_pages), tiles):
         constants = BOTH | {"T": tokens, "ROWS": tile.rows, "KEYS": tile.keys}
         check(kernel, arch, constants, tile.warps, tile.stages, f"{kernel.__name__}, {tokens} tokens")
-
-
-@pytest.mark.parametrize("tokens", [64, 128])
-@pytest.mark.parametrize("kind", ["descriptors", "specialised"])
-def test_backward_by_the_copy_engine(tokens, kind):
-    """Not chosen yet: until a sweep on the device has said which tiles are right and fast."""
-    constants = BOTH | {"T": tokens, "SPECIALISE": kind == "specialised"}
-    for kernel, side in ((backward.backward_queries_described, tokens), (backward.backward_pages_described, 64)):
-        warps = 8 if side == 128 else 4
-        label = f"{kernel.__name__}, {tokens} tokens, {side}x{side}, {kind}"
-        binary = check(kernel, 90, constants | {"ROWS": side, "KEYS": side}, warps, 2, label)
-        assert "async_tma_copy_global_to_local" in binary.asm["ttgir"]
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -177,9 +158,5 @@ def test_router(arch):
     check(router.score, arch, {"D": 128} | router.SCORE_TILE, 4, 3)
     check(router.select, arch, {"SLOTS": 512}, router.warps_for(512), 3)
     for slots in (256, 512):
-        tile = {"D": 128, "SLOTS": slots} | router.CHOOSE_TILE
-        check(
-            router.choose, arch, tile, max(1, slots // router.CHOOSE_SLOTS_A_WARP), 3, f"choose among {slots}"
-        )
         tile = {"D": 128, "PARTS": 4, "SLOTS": slots, "STEP": router.PARTS_STEP}
         check(router.choose_by_parts, arch, tile, router.parts_warps(slots), 3, f"by parts among {slots}")

@@ -22,27 +22,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward import PADDING, precision, scratch, unit_rows
-from .primitives import described_rows, load_rows, store_rows
+from .forward import PADDING, precision, unit_rows
+from .primitives import load_rows, store_rows
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows and keys of one step, both dividing T; warps and stages of the launch.
-
-    kind, as of forward variants: pointers; descriptors, by the copy engine; specialised, with warps apart for copying.
-    The last two need what `forward_descriptors` needs, and padding "none" or "finite".
-    """
+    """Query rows and keys of one step, both dividing T; warps and stages of the launch."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    kind: str = "pointers"
 
     def options(self) -> dict[str, int]:
-        plain = {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
-        return plain if self.kind == "pointers" else plain | {"SPECIALISE": self.kind == "specialised"}
+        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, tokens: int) -> tuple[Tile, Tile]:
@@ -53,9 +47,9 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype, tokens: int) -> t
     if dtype == torch.float32:
         small = Tile(min(tokens, 32), min(tokens, 32), 4, 1)
         return small, small
-    if tokens == 128 and capability[0] in (9, 10):
-        return Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)
     side = min(tokens, 64)
+    if side == 64 and capability[0] in (9, 10):
+        return Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)
     return Tile(side, side, 4, 3), Tile(side, side, 8 if side == 64 else 4, 2)
 
 
@@ -87,18 +81,13 @@ def launch(
     """
     groups, blocks, tokens, dim = q.shape
     query_tile, page_tile = tiles
-    described = any(tile.kind != "pointers" for tile in tiles)
-    q = q.contiguous() if described else unit_rows(q)
-    k_pages, v_pages = unit_rows(k_pages), unit_rows(v_pages)
+    q, k_pages, v_pages = unit_rows(q), unit_rows(k_pages), unit_rows(v_pages)
     page_len, idx, cnt, grad_out = (x.contiguous() for x in (page_len, idx, cnt, grad_out))
     strides = (*q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3])
     slots, lists = k_pages.shape[1], cnt.shape[1]
     scales = scale, scale * math.log2(math.e)
     common = {"T": tokens, "D": dim, "D_PAD": triton.next_power_of_2(dim)}
     common |= {"PADDING": PADDING[padding], "PRECISION": precision(q.dtype)}
-    if described:
-        assert padding != "any", "the copy engine reads what lies behind a page's end"
-        triton.set_allocator(scratch)
     count = 0 if targets is None else targets.shape[1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((groups, count, tokens, dim), dtype=q.dtype, device=q.device) for _ in range(2))
@@ -110,16 +99,14 @@ def launch(
         )  # fmt: skip
         list_rows = blocks // lists * tokens  # query rows that one list serves
         pieces = triton.cdiv(list_rows, query_tile.rows)
-        by_rows = backward_queries if query_tile.kind == "pointers" else backward_queries_described
-        by_rows[(lists * pieces, groups)](
+        backward_queries[(lists * pieces, groups)](
             q, k_pages, v_pages, page_len, idx, cnt, grad_out, lse_log2, delta, dq, *strides,
             pieces, list_rows, lists, idx.shape[2], slots, *scales, **common, **query_tile.options(),
         )  # fmt: skip
         if targets is None or count == 0:
             return dq, dk, dv
         readers, reader_cnt = transpose_lists(idx, cnt, targets, blocks, slots)
-        by_pages = backward_pages if page_tile.kind == "pointers" else backward_pages_described
-        by_pages[(count * (tokens // page_tile.keys), groups)](
+        backward_pages[(count * (tokens // page_tile.keys), groups)](
             q, k_pages, v_pages, page_len, targets.contiguous(), readers, reader_cnt, grad_out, lse_log2, delta,
             dk, dv, *strides, count, blocks, slots, *scales, **common, **page_tile.options(),
         )  # fmt: skip
@@ -206,50 +193,6 @@ def backward_queries(
     store_rows(dq, row * D, acc * scale, keep, D, D_PAD)
 
 
-@triton.jit(do_not_specialize=["tiles", "list_rows", "num_lists", "longest", "num_slots"])
-def backward_queries_described(
-    q, k, v, page_len, idx, cnt, grad_out, lse_log2, delta, dq,
-    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
-    tiles, list_rows, num_lists, longest, num_slots, scale, scale_log2,
-    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PADDING: tl.constexpr, PRECISION: tl.constexpr, SPECIALISE: tl.constexpr,
-):  # fmt: skip
-    """The same by the copy engine, with the needs of `forward_descriptors`."""
-    g = tl.program_id(1).to(tl.int64)
-    which = tl.program_id(0) // tiles
-    first = (tl.program_id(0) % tiles) * ROWS  # within the list's rows
-    rows = first + tl.arange(0, ROWS)
-    keep = rows < list_rows
-    group_rows = num_lists * list_rows
-    row = g * group_rows + which * list_rows + rows  # over all groups
-    at = which * list_rows + first  # a tile may run into the next list's rows: not stored
-    q_tile = described_rows(q + g * q_g, group_rows, D, D_PAD, ROWS).load([at, 0])
-    do_tile = described_rows(grad_out + g * group_rows * D, group_rows, D, D_PAD, ROWS).load([at, 0])
-    k_rows = described_rows(k + g * k_g, num_slots * T, D, D_PAD, KEYS)
-    v_rows = described_rows(v + g * v_g, num_slots * T, D, D_PAD, KEYS)
-    row_lse = tl.load(lse_log2 + row, mask=keep, other=float("inf"))
-    row_delta = tl.load(delta + row, mask=keep, other=0.0)
-
-    acc = tl.zeros((ROWS, D_PAD), tl.float32)
-    row_of_lists = g * num_lists + which
-    pages = idx + row_of_lists * longest
-    lens = page_len + g * num_slots
-    PARTS: tl.constexpr = T // KEYS
-    for i in tl.range(0, tl.load(cnt + row_of_lists) * PARTS, warp_specialize=SPECIALISE):
-        slot = tl.load(pages + i // PARTS)
-        token = (i % PARTS) * KEYS
-        k_tile = k_rows.load([slot * T + token, 0])
-        v_tile = v_rows.load([slot * T + token, 0])
-        tokens = token + tl.arange(0, KEYS)
-        valid = tokens < T
-        if PADDING > 0:
-            valid = tokens < tl.load(lens + slot)
-        acc = _add_keys(
-            q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, acc, scale_log2, PADDING > 0, PRECISION
-        )  # fmt: skip
-    store_rows(dq, row * D, acc * scale, keep, D, D_PAD)
-
-
 @triton.jit
 def _add_keys(
     q_tile, do_tile, k_tile, v_tile, row_lse, row_delta, valid, acc, scale_log2,
@@ -298,47 +241,6 @@ def backward_pages(
         dk_acc, dv_acc = _add_queries(
             q_tile, do_tile, k_tile, v_tile, lse_log2 + first + rows, delta + first + rows, valid, dk_acc, dv_acc,
             scale_log2, PADDING > 0, PRECISION,
-        )  # fmt: skip
-    at = (target * T + tokens) * D
-    keep = tokens < T
-    store_rows(dk, at, dk_acc * scale, keep, D, D_PAD)
-    store_rows(dv, at, dv_acc, keep, D, D_PAD)
-
-
-@triton.jit(do_not_specialize=["num_targets", "blocks", "num_slots"])
-def backward_pages_described(
-    q, k, v, page_len, targets, readers, reader_cnt, grad_out, lse_log2, delta, dk, dv,
-    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
-    num_targets, blocks, num_slots, scale, scale_log2,
-    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PADDING: tl.constexpr, PRECISION: tl.constexpr, SPECIALISE: tl.constexpr,
-):  # fmt: skip
-    """The same by the copy engine, with the needs of `forward_descriptors`."""
-    g = tl.program_id(1).to(tl.int64)
-    PARTS: tl.constexpr = T // KEYS
-    target = g * num_targets + tl.program_id(0) // PARTS
-    token = (tl.program_id(0) % PARTS) * KEYS
-    tokens = token + tl.arange(0, KEYS)
-    slot = tl.load(targets + target)
-    valid = tokens < T
-    if PADDING > 0:
-        valid = tokens < tl.load(page_len + g * num_slots + slot)
-    k_tile = described_rows(k + g * k_g, num_slots * T, D, D_PAD, KEYS).load([slot * T + token, 0])
-    v_tile = described_rows(v + g * v_g, num_slots * T, D, D_PAD, KEYS).load([slot * T + token, 0])
-    q_rows = described_rows(q + g * q_g, blocks * T, D, D_PAD, ROWS)
-    do_rows = described_rows(grad_out + g * blocks * T * D, blocks * T, D, D_PAD, ROWS)
-
-    dk_acc = tl.zeros((KEYS, D_PAD), tl.float32)
-    dv_acc = tl.zeros((KEYS, D_PAD), tl.float32)
-    STEPS: tl.constexpr = T // ROWS  # a query block is read in pieces of ROWS rows
-    for i in tl.range(0, tl.load(reader_cnt + target) * STEPS, warp_specialize=SPECIALISE):
-        first = tl.load(readers + target * blocks + i // STEPS) * T + (i % STEPS) * ROWS
-        q_tile = q_rows.load([first, 0])
-        do_tile = do_rows.load([first, 0])
-        row = g * blocks * T + first + tl.arange(0, ROWS)
-        dk_acc, dv_acc = _add_queries(
-            q_tile, do_tile, k_tile, v_tile, lse_log2 + row, delta + row, valid, dk_acc, dv_acc, scale_log2,
-            PADDING > 0, PRECISION,
         )  # fmt: skip
     at = (target * T + tokens) * D
     keep = tokens < T

@@ -91,8 +91,6 @@ def launch(
     kernel, extra = forward_pointers, {}
     if described:
         kernel, extra = forward_descriptors, {"SPECIALISE": variant.kind == "specialised"}
-        if variant.kind == "two pages":
-            kernel, extra = forward_two_pages, {}
         triton.set_allocator(scratch)
     sizes = {"D": dim, "D_PAD": triton.next_power_of_2(dim), "ROWS": variant.rows}
     with torch.cuda.device_of(q):
@@ -307,67 +305,6 @@ def forward_descriptors(
     if HALVES:
         share_of_one = 1.0 / tl.where(mass == 0.0, 1.0, mass)
         store_rows(out + V_DIMS, row * D, high * share_of_one[:, None], rows < list_rows, D - V_DIMS, V_DIMS)
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def forward_two_pages(
-    q, k, v, page_len, idx, cnt, out, lse,
-    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
-    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2,
-    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PADDING: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As `forward_descriptors`, two pages a step under one maximum: half as often is what was found so far scaled, and
-    the products of one page need not wait for the weights of the other. KEYS is 2 T."""
-    tile, g, which, in_list, part, share = _locate(whole, parts, tiles, num_lists)
-    g = g.to(tl.int64)
-    first = in_list * ROWS  # within the list's rows
-    q_rows = described_rows(q + g * q_g, num_lists * list_rows, D, D_PAD, ROWS)
-    k_rows = described_rows(k + g * k_g, num_slots * T, D, D_PAD, T)
-    v_rows = described_rows(v + g * v_g, num_slots * T, D, D_PAD, T)
-    q_tile = q_rows.load([which * list_rows + first, 0])  # may run into the next list's rows: not stored
-
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, D_PAD), tl.float32)
-    pages, count = _own_pages(idx, cnt, g * num_lists + which, longest, part, share)
-    lens = page_len + g * num_slots
-    for i in range(count // 2):
-        slot, other = tl.load(pages + 2 * i), tl.load(pages + 2 * i + 1)
-        scores = _scores(q_tile, k_rows, slot, lens, T, PADDING, FLOOR, PRECISION)
-        others = _scores(q_tile, k_rows, other, lens, T, PADDING, FLOOR, PRECISION)
-        new_top = tl.maximum(top, tl.maximum(tl.max(scores, axis=1), tl.max(others, axis=1)) * scale_log2)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(tl.fma(scores, scale_log2, -shift[:, None]))
-        weights_of_other = tl.exp2(tl.fma(others, scale_log2, -shift[:, None]))
-        factor = tl.exp2(top - shift)
-        mass = mass * factor + tl.sum(weights, axis=1) + tl.sum(weights_of_other, axis=1)
-        v_tile, v_other = v_rows.load([slot * T, 0]), v_rows.load([other * T, 0])
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * factor[:, None], input_precision=PRECISION)
-        acc = tl.dot(weights_of_other.to(v_other.dtype), v_other, acc, input_precision=PRECISION)
-        top = new_top
-    if count % 2 == 1:
-        slot = tl.load(pages + count - 1)
-        scores = _scores(q_tile, k_rows, slot, lens, T, PADDING, FLOOR, PRECISION)
-        weights, factor, top, mass = softmax_step(scores, top, mass, scale_log2)
-        v_tile = v_rows.load([slot * T, 0])
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * factor[:, None], input_precision=PRECISION)
-    rows = first + tl.arange(0, ROWS)
-    row = g * num_lists * list_rows + which * list_rows + rows
-    row = _own_rows(tile, part, parts, whole, num_rows, row, ROWS)
-    _finish(out, lse, acc, top, mass, row, rows < list_rows, D, D_PAD)
-
-
-@triton.jit
-def _scores(
-    q_tile, k_rows, slot, lens,
-    T: tl.constexpr, PADDING: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores [ROWS, T] of a page by its descriptor's rows, -inf where it holds no token."""
-    scores = tl.dot(q_tile, tl.trans(k_rows.load([slot * T, 0])), input_precision=PRECISION)
-    if PADDING > 0:
-        scores = tl.where(_valid(tl.arange(0, T), lens + slot, FLOOR)[None, :], scores, float("-inf"))
-    return scores
 
 
 @triton.jit

@@ -68,12 +68,12 @@ def order_key(scores, positions):
 
 
 @triton.jit
-def kth_largest_key(keys, k, ROWS: tl.constexpr):
-    """[ROWS, 1]: the largest threshold that at least k of a row's keys [ROWS, n], each below 2 ** 48, reach.
+def kth_largest_key(keys, k):
+    """[1, 1]: the largest threshold that at least k of a row's keys [1, n], each below 2 ** 48, reach.
 
     Found without a sort, two bits a round: the three counts of a round do not wait for one another.
     """
-    threshold = tl.zeros((ROWS, 1), tl.int64)
+    threshold = tl.zeros((1, 1), tl.int64)
     step = tl.full((), 70368744177664, tl.int64)  # 2 ** 46
     for _ in range(24):
         one = tl.sum((keys >= threshold + step).to(tl.int32), axis=1) >= k

@@ -5,9 +5,9 @@ It works in slot order, so that compacting the kept pages by a running count giv
 found two bits at a time.
 
 Two small kernels, `score` and `select`: a program that scores 16 query blocks at once reads the pooled keys 16 times
-less often, and a row of scores fits one warp, whose sums need no barrier. `choose` is both in one launch, for few
-slots, and `choose_by_parts` the same for blocks in parts. What each row's softmax gives a page is left for
-its reader to add up, once a chunk instead of in every pass. Letters as in `api`.
+less often, and a row of scores fits one warp, whose sums need no barrier. `choose_by_parts` is both in one launch, for
+blocks in parts. What each row's softmax gives a page is left for its reader to add up, once a chunk instead of in every
+pass. Letters as in `api`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from torch import Tensor
 from .primitives import kth_largest_key, load_rows, order_key
 
 SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 32}
-CHOOSE_TILE = {"ROWS": 2, "STEP": 4}
-CHOOSE_SLOTS_A_WARP = 512
 PARTS_STEP = 4
-CHOOSE_SLOTS = 0  # up to how many slots one launch does it all; 512 once that is timed on a GPU
 
 
 def route(
@@ -36,13 +33,6 @@ def route(
     slots_pad = max(32, triton.next_power_of_2(slots))
     vectors = [x.contiguous() for x in (pooled_q, pooled_k, always, local)]
     idx, cnt, shares = _results((groups, blocks), fixed, free, keep, device)
-    if slots <= CHOOSE_SLOTS:
-        with torch.cuda.device_of(pooled_q):
-            choose[(triton.cdiv(blocks, CHOOSE_TILE["ROWS"]), groups)](
-                *vectors, idx, cnt, shares, blocks, slots, fixed, free, keep, scale,
-                D=dim, SLOTS=slots_pad, **CHOOSE_TILE, num_warps=max(1, slots_pad // CHOOSE_SLOTS_A_WARP),
-            )  # fmt: skip
-        return idx, cnt, shares
     position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
     scores = torch.empty((groups, blocks, slots), dtype=torch.float32, device=device)
     with torch.cuda.device_of(pooled_q):
@@ -191,26 +181,21 @@ def _softmax(found, position):
 
 
 @triton.jit
-def _keep(order, weights, position, rows, inside, idx, cnt, shares, num_candidates, fixed, keep, ROWS: tl.constexpr,
-          SLOTS: tl.constexpr):  # fmt: skip
-    """Write rows of `weights` as shares, and the slots that are to be kept by `order`, both [ROWS, SLOTS].
+def _keep(order, weights, position, row, idx, cnt, shares, num_candidates, fixed, keep, SLOTS: tl.constexpr):
+    """Write a row of `weights` as shares, and the slots that are to be kept by `order`, both [1, SLOTS].
 
-    position [SLOTS] as `score` writes it; rows [ROWS]: their places in the results; inside [ROWS]: whether they exist.
+    position [SLOTS] as `score` writes it; row [1]: its place in the results.
     """
     slots = tl.arange(0, SLOTS)
     position = position[None, :]
-    listed = (position >= 0) & inside[:, None]
     free = position >= fixed  # a local page, to be chosen from
-    tl.store(shares + rows[:, None] * num_candidates + position, weights, mask=listed)
+    tl.store(shares + row[:, None] * num_candidates + position, weights, mask=position >= 0)
     keys = tl.where(free, order_key(order, position), -1)
-    chosen = free & (
-        keys >= kth_largest_key(keys, keep, ROWS)
-    )  # none for keep = 0: no key reaches 2 ** 48 - 1
+    chosen = free & (keys >= kth_largest_key(keys, keep))  # none for keep = 0: no key reaches 2 ** 48 - 1
     kept = chosen | ((position >= 0) & (position < fixed))
     rank = tl.cumsum(kept.to(tl.int32), axis=1) - 1
-    each = tl.broadcast_to(slots[None, :], (ROWS, SLOTS))
-    tl.store(idx + rows[:, None] * (fixed + keep) + rank, each, mask=kept & inside[:, None])
-    tl.store(cnt + rows, tl.full((ROWS,), 0, tl.int32) + fixed + keep, mask=inside)
+    tl.store(idx + row[:, None] * (fixed + keep) + rank, slots[None, :], mask=kept)
+    tl.store(cnt + row, tl.full((1,), 0, tl.int32) + fixed + keep)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_candidates", "fixed", "keep"])
@@ -219,37 +204,14 @@ def select(
 ):
     """One row of scores -> its softmax over the candidates, and the slots it keeps."""
     g = tl.program_id(1).to(tl.int64)
-    rows = g * tl.num_programs(0) + tl.program_id(0) + tl.arange(0, 1)
+    row = g * tl.num_programs(0) + tl.program_id(0) + tl.arange(0, 1)
     slots = tl.arange(0, SLOTS)
     position = tl.load(position_of + g * num_slots + slots, mask=slots < num_slots, other=-1)
     found = tl.load(
-        scores + rows[:, None] * num_slots + slots[None, :], mask=(position >= 0)[None, :], other=0.0
+        scores + row[:, None] * num_slots + slots[None, :], mask=(position >= 0)[None, :], other=0.0
     )
     weights = _softmax(found, position)
-    _keep(found, weights, position, rows, rows >= 0, idx, cnt, shares, num_candidates, fixed, keep, 1, SLOTS)
-
-
-@triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free", "keep"])
-def choose(
-    pooled_q, pooled_k, always, local, idx, cnt, shares, blocks, num_slots, fixed, free, keep, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """`score` and `select` in one launch, ROWS query blocks a program: for few slots, whose scores fit registers."""
-    g = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slots = tl.arange(0, SLOTS)
-    inside, there = block < blocks, slots < num_slots
-    rows = g * blocks + block
-    q_at, k_at = rows[:, None, None] * D, (g * num_slots + slots)[None, :, None] * D
-    found = tl.zeros((ROWS, SLOTS), tl.float32)
-    for first in range(0, D, STEP):
-        dims = (first + tl.arange(0, STEP))[None, None, :]
-        q = tl.load(pooled_q + q_at + dims, mask=inside[:, None, None] & (dims < D), other=0.0)
-        k = tl.load(pooled_k + k_at + dims, mask=there[None, :, None] & (dims < D), other=0.0)
-        found += tl.sum(q * scale * k, axis=2)
-    position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, 32)
-    weights = _softmax(found, position)
-    _keep(found, weights, position, rows, inside, idx, cnt, shares, fixed + free, fixed, keep, ROWS, SLOTS)
+    _keep(found, weights, position, row, idx, cnt, shares, num_candidates, fixed, keep, SLOTS)
 
 
 @triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free", "keep"])
@@ -259,10 +221,10 @@ def choose_by_parts(
 ):  # fmt: skip
     """One query block: each of its parts has a softmax over all parts of the keys; by their mean it keeps its slots."""
     g = tl.program_id(1).to(tl.int64)
-    rows = g * blocks + tl.program_id(0) + tl.arange(0, 1)
+    row = g * blocks + tl.program_id(0) + tl.arange(0, 1)
     slots, parts = tl.arange(0, SLOTS), tl.arange(0, PARTS)
     there = slots < num_slots
-    q_at = (tl.sum(rows, axis=0) * PARTS + parts)[:, None, None] * D
+    q_at = (tl.sum(row, axis=0) * PARTS + parts)[:, None, None] * D
     top = tl.full((PARTS, SLOTS), float("-inf"), tl.float32)
     mass = tl.zeros((PARTS, SLOTS), tl.float32)
     for other in range(PARTS):
@@ -283,6 +245,6 @@ def choose_by_parts(
         top = new_top
     position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, 32)
     weights = _softmax(tl.where(mass > 0, top + tl.log(tl.maximum(mass, 1e-30)), float("-inf")), position)
-    size = tl.load(q_parts + tl.sum(rows, axis=0) * PARTS + parts).to(tl.float32)
+    size = tl.load(q_parts + tl.sum(row, axis=0) * PARTS + parts).to(tl.float32)
     weights = (tl.sum(weights * size[:, None], axis=0) / tl.sum(size, axis=0))[None, :]
-    _keep(weights, weights, position, rows, rows >= 0, idx, cnt, shares, fixed + free, fixed, keep, 1, SLOTS)
+    _keep(weights, weights, position, row, idx, cnt, shares, fixed + free, fixed, keep, SLOTS)

@@ -40,8 +40,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Variant:
-    """kind: pointers, descriptors (the copy engine), specialised (and loading warps apart from computing ones) or two
-    pages (the copy engine, two pages a step).
+    """kind: pointers, descriptors (the copy engine) or specialised (and loading warps apart from computing ones).
 
     rows and keys: the tile; more rows than T only where a list serves several query blocks, more keys than T reads
     several pages a step. warps, stages: of the launch. residents: programs a multiprocessor runs at a time, by which
@@ -69,10 +68,7 @@ class Variant:
             return False
         if self.kind == "pointers":
             return True
-        keys = self.keys // 2 if self.kind == "two pages" else self.keys
-        fits = shape.dtype in HALVES and shape.dim % 8 == 0 and keys <= shape.tokens
-        if self.kind == "two pages":
-            fits = fits and keys == shape.tokens
+        fits = shape.dtype in HALVES and shape.dim % 8 == 0 and self.keys <= shape.tokens
         if self.kind == "specialised":  # both products are cut alike, v in one piece or two
             padded = 1 << (shape.dim - 1).bit_length()
             fits = fits and padded in (self.keys, 2 * self.keys)
@@ -102,6 +98,7 @@ VARIANTS = (
     Variant("specialised", 128, 128, 4, 2, HOPPER, tokens=(128,), residents=1),
     Variant("descriptors", 128, 128, 8, 2, HOPPER, tokens=(128,), residents=1),
     Variant("pointers", 128, 64, 4, 3, HOPPER, tokens=(128,), residents=2),
+    Variant("descriptors", 128, 64, 4, 3, HOPPER, tokens=(64,), shared=True, residents=1),
     Variant("pointers", 128, 64, 4, 3, HOPPER, shared=True, residents=2),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, tokens=(128,), residents=1),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, shared=True, residents=1),
