@@ -412,7 +412,7 @@ class FastPass:
         kind: str,
         kept: Kept | None,
         wanted: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | fused.Rows8 | None, Tensor | None]:
         """Self-attention of the open chunk up to the output projection, None unless `wanted`: [B, N, C], and what each
         page got."""
         cache, memory = self.memory.cache, self.memory
@@ -447,7 +447,9 @@ class FastPass:
         if out is None:
             return None, shares
         with named_range("element-wise"):
-            tokens = fused.blocks_to_tokens(out, rows, memory.batch, q.shape[1], backend=self.backend)
+            tokens = fused.blocks_to_tokens(
+                out, rows, memory.batch, q.shape[1], eight_bits=self.options.fp8, backend=self.backend
+            )
         return tokens, shares
 
     def _attend_pages(

@@ -99,20 +99,22 @@ def norm_rope_to_frames(
 
 
 def blocks_to_tokens(
-    blocks: Tensor, tokens: Tensor, batch: int, count: int, *, backend: str = "auto"
-) -> Tensor:
+    blocks: Tensor, tokens: Tensor, batch: int, count: int, *, eight_bits: bool = False, backend: str = "auto"
+) -> Tensor | Rows8:
     """Blocks [G, NB, T, D] back to [B, N, C], heads side by side as the output projection wants them.
 
     tokens [NB, T] int32 as for `norm_rope_to_pages`: each of the chunk's `count` tokens (N) stands in it once.
+    eight_bits: as `quantise_rows` would give them, rows [B, N, C] and scale [B, N, 1].
     """
     expect("tokens", tokens, tuple(blocks.shape[1:3]), blocks.device)
     if blocks.shape[0] % batch:
         raise ValueError(f"{blocks.shape[0]} groups do not belong to a batch of {batch}")
-    if _backend(backend, "blocks_to_tokens", blocks, blocks.shape[3], blocks.shape[2]) == "triton":
+    asked = "blocks_to_tokens", blocks, eight_bits, blocks.shape[3], blocks.shape[2]
+    if _backend8(backend, *asked) == "triton":
         from . import triton
 
-        return triton.blocks_to_tokens(blocks, tokens, batch, count)
-    return reference.blocks_to_tokens(blocks, tokens, batch, count)
+        return triton.blocks_to_tokens(blocks, tokens, batch, count, eight_bits)
+    return reference.blocks_to_tokens(blocks, tokens, batch, count, eight_bits)
 
 
 def pack_pages(
@@ -242,12 +244,19 @@ def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> Ro
     return reference.quantise_rows(x, gelu)
 
 
-def _backend8(backend: str, operation: str, x: Tensor, eight_bits: bool = True) -> str:
+def _backend8(
+    backend: str,
+    operation: str,
+    x: Tensor,
+    eight_bits: bool = True,
+    dim: int | None = None,
+    rows: int | None = None,
+) -> str:
     """`_backend` of an operation that may write 8 bits, for which Triton has no floats on older devices."""
     asked = eight_bits and backend == "auto" and x.is_cuda
     if asked and torch.cuda.get_device_capability(x.device) < (8, 9):
         backend = "reference"
-    return _backend(backend, operation, x)
+    return _backend(backend, operation, x, dim, rows)
 
 
 def _backend(backend: str, operation: str, x: Tensor, dim: int | None = None, rows: int | None = None) -> str:

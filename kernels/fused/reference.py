@@ -90,14 +90,17 @@ def norm_rope_to_frames(
     return q
 
 
-def blocks_to_tokens(blocks: Tensor, tokens: Tensor, batch: int, count: int) -> Tensor:
+def blocks_to_tokens(
+    blocks: Tensor, tokens: Tensor, batch: int, count: int, eight_bits: bool = False
+) -> Tensor | Rows8:
     """See `api.blocks_to_tokens`."""
     rows = blocks.unflatten(0, (batch, -1)).flatten(2, 3).transpose(1, 2)  # [B,NB*T,H,D]
     out = rows.new_empty(
         batch, count + 1, *rows.shape[2:]
     )  # the last row takes what stands behind ragged ends
     out.index_copy_(1, tokens.flatten().long().remainder(count + 1), rows)  # -1 is the last
-    return out[:, :count].flatten(2)
+    found = out[:, :count].flatten(2)
+    return quantise_rows(found, gelu=False) if eight_bits else found
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

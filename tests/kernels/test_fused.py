@@ -173,6 +173,11 @@ def test_blocks_to_tokens(precisions, settings):
         )
         expected = chunk.geometry.unpack(blocks.cpu(), chunk.batch).flatten(2)
         assert torch.equal(found.cpu(), expected)
+        packed = fused.blocks_to_tokens(
+            blocks, chunk.tokens.to(device), chunk.batch, chunk.geometry.num_tokens, eight_bits=True, backend=backend
+        )
+        for mine, theirs in zip(packed, fused.quantise_rows(expected.flatten(0, 1).to(device), backend=backend)):
+            assert torch.equal(mine.flatten(0, 1).float(), theirs.float())
 
 
 @pytest.mark.parametrize(("frames", "tokens", "width"), [(3, 12, 192), (1, 5, 1536), (3, 3, 64), (2, 4, 100)])
@@ -245,7 +250,7 @@ def test_merged_attentions_are_one(precisions, dim):
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("width", [64, 1536, 200])
+@pytest.mark.parametrize("width", [64, 1536, 200, 8960])
 def test_quantised_rows(precisions, gelu, width):
     x = torch.randn(6, width, generator=torch.Generator().manual_seed(0))
     x *= torch.tensor([1.0, 1e-3, 30.0, 0.0, 1.0, 5.0])[:, None]

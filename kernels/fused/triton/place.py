@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import FP8_MAX, SMALLEST, Rows8
+from .rows import to_8_bits
+
 FRAME_ROWS = 64  # tokens of a frame that one program takes
 
 
@@ -74,10 +77,21 @@ def norm_rope_to_frames(
     return q_out
 
 
-def blocks_to_tokens(blocks: Tensor, tokens: Tensor, batch: int, count: int) -> Tensor:
+def blocks_to_tokens(
+    blocks: Tensor, tokens: Tensor, batch: int, count: int, eight_bits: bool = False
+) -> Tensor | Rows8:
     """See `api.blocks_to_tokens`."""
     groups, block_count, rows, dim = blocks.shape
     heads, blocks = groups // batch, blocks.contiguous()
+    if eight_bits:
+        out = torch.empty((batch, count, heads * dim), dtype=torch.float8_e4m3fn, device=blocks.device)
+        scale = torch.empty((batch, count, 1), dtype=torch.float32, device=blocks.device)
+        with torch.cuda.device_of(blocks):
+            _to_tokens_in_8_bits[(block_count * rows, batch)](
+                blocks, tokens.contiguous(), out, scale, count, FP8_MAX, SMALLEST, HEADS=heads, D=dim,
+                HEADS_PAD=triton.next_power_of_2(heads), D_PAD=triton.next_power_of_2(dim), num_warps=4,
+            )  # fmt: skip
+        return Rows8(out, scale)
     out = torch.empty((batch, count, heads * dim), dtype=blocks.dtype, device=blocks.device)
     with torch.cuda.device_of(blocks):
         _to_tokens[(heads, block_count, batch)](
@@ -222,3 +236,23 @@ def _to_tokens(
     tile = tl.load(blocks + (first + rows)[:, None] * D + dims[None, :], mask=mask, other=0.0)
     to = (b * count + token.to(tl.int64))[:, None] * (heads * D) + h * D + dims[None, :]
     tl.store(out + to, tile, mask=mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _to_tokens_in_8_bits(
+    blocks, tokens, out, scale, count, largest, smallest,
+    HEADS: tl.constexpr, D: tl.constexpr, HEADS_PAD: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """One row of the blocks with all its heads, because they share a scale."""
+    row, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    token = tl.load(tokens + row)
+    if token >= 0:
+        heads, dims = tl.arange(0, HEADS_PAD), tl.arange(0, D_PAD)
+        mask = (heads < HEADS)[:, None] & (dims < D)[None, :]
+        first = (b * HEADS + heads) * tl.num_programs(0) + row
+        tile = tl.load(blocks + first[:, None] * D + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        unit = tl.maximum(tl.max(tl.max(tl.abs(tile), axis=1), axis=0), smallest) / largest
+        to = b * count + token
+        at = to * (HEADS * D) + heads[:, None] * D + dims[None, :]
+        tl.store(out + at, to_8_bits(tile, unit, largest), mask=mask)
+        tl.store(scale + to, unit)

@@ -91,10 +91,11 @@ def quantise_rows(x: Tensor, gelu: bool) -> Rows8:
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((count, 1), dtype=torch.float32, device=x.device)
+    head = 1 << width.bit_length() - 1  # 8960 is 8192 and 768: as one piece, 16384, it would be half empty
     with torch.cuda.device_of(x):
         _quantise_rows[(count,)](
             x, out, scale, x.stride(0), FP8_MAX, SMALLEST,
-            C=width, BLOCK=triton.next_power_of_2(width), GELU=gelu, num_warps=_warps(width),
+            C=width, HEAD=head, TAIL=triton.next_power_of_2(width - head), GELU=gelu, num_warps=_warps(head),
         )  # fmt: skip
     return Rows8(out, scale)
 
@@ -175,19 +176,40 @@ def _merge(out_a, lse_a, out_b, lse_b, out, count, D: tl.constexpr, ROWS: tl.con
 def _in_8_bits(value, largest, smallest):
     """A row as float8_e4m3fn, and its scale."""
     unit = tl.maximum(tl.max(tl.abs(value), axis=0), smallest) / largest
-    return tl.minimum(tl.maximum(value / unit, -largest), largest).to(tl.float8e4nv), unit
+    return to_8_bits(value, unit, largest), unit
+
+
+@triton.jit
+def to_8_bits(value, unit, largest):
+    """Numbers in float8_e4m3fn, as multiples of `unit`: one division for all of them."""
+    return tl.minimum(tl.maximum(value * (1.0 / unit), -largest), largest).to(tl.float8e4nv)
+
+
+@triton.jit
+def _piece(start, cols, keep, GELU: tl.constexpr):
+    value = tl.load(start + cols, mask=keep, other=0.0).to(tl.float32)
+    if GELU:  # 0.5 v (1 + tanh(u)) is v * sigmoid(2 u)
+        inner = 1.5957691216057308 * (value + 0.044715 * value * value * value)
+        value = value / (1.0 + tl.exp(-inner))
+    return value
 
 
 @triton.jit
 def _quantise_rows(
-    x, out, scale, x_n, largest, smallest, C: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr
-):
+    x, out, scale, x_n, largest, smallest,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """A row in two pieces, of HEAD elements and of at most TAIL, powers of 2; TAIL 0: in one."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    value = tl.load(x + row * x_n + cols, mask=cols < C, other=0.0).to(tl.float32)
-    if GELU:  # 0.5 v (1 + tanh(u)) is v * sigmoid(2 u)
-        inner = 1.5957691216057308 * (value + 0.044715 * value * value * value)
-        value = value / (1.0 + tl.exp(-inner))
-    rounded, unit = _in_8_bits(value, largest, smallest)
-    tl.store(out + row * C + cols, rounded, mask=cols < C)
+    cols = tl.arange(0, HEAD)
+    value = _piece(x + row * x_n, cols, cols < C, GELU)
+    most = tl.max(tl.abs(value), axis=0)
+    if TAIL > 0:
+        rest = HEAD + tl.arange(0, TAIL)
+        value_of_rest = _piece(x + row * x_n, rest, rest < C, GELU)
+        most = tl.maximum(most, tl.max(tl.abs(value_of_rest), axis=0))
+    unit = tl.maximum(most, smallest) / largest
+    tl.store(out + row * C + cols, to_8_bits(value, unit, largest))
+    if TAIL > 0:
+        tl.store(out + row * C + rest, to_8_bits(value_of_rest, unit, largest), mask=rest < C)
     tl.store(scale + row, unit)
