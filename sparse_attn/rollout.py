@@ -40,7 +40,7 @@ class Memory(Protocol):
 @dataclass
 class Chunk:
     """A finished chunk: its number, its first latent frame in the video (given frames count), latent [B, C, F, H, W]
-    float32, and the seconds that its passes took."""
+    float32, and the seconds until it was there: on CUDA with the clean pass of the chunk before, not its own."""
 
     index: int
     start_frame: int
@@ -86,11 +86,13 @@ def stream(
         clean = clean_last or total is None or index * sampler.chunk_frames + frames < total
         began, start_frame = time.perf_counter(), memory.frame
         memory.begin_chunk(frames)
-        latent = _denoise_chunk(denoise, memory, sampler.sigmas_of(index), x, seed, index, on_pass, clean)
+        latent, wait_for = _denoise_chunk(
+            denoise, memory, sampler.sigmas_of(index), x, seed, index, on_pass, clean
+        )
         if clean:
             memory.end_chunk()
         x = first_x(index + 1)  # the host draws while the device still computes
-        _wait_for(latent)
+        wait_for()
         yield Chunk(index, start_frame, latent, time.perf_counter() - began)
 
 
@@ -160,8 +162,8 @@ def _denoise_chunk(
     index: int,
     on_pass: OnPass | None,
     clean: bool,
-) -> Tensor:
-    """All passes of one chunk from x at the first sigma; returns the finished latent, float32."""
+) -> tuple[Tensor, Callable[[], None]]:
+    """All passes of one chunk from x at the first sigma -> the finished latent, float32, and what waits for it."""
     passes = len(sigmas) + clean
     x0, memory.noisy = x, True
     for step, sigma in enumerate(sigmas):
@@ -171,12 +173,13 @@ def _denoise_chunk(
         x0 = denoise(x, sigma).float()
         if on_pass is not None:
             on_pass(index, step, passes, x0)
+    wait_for = _waiting_for(x0)
     if clean:
         memory.noisy = False
         denoise(x0, 0.0)
         if on_pass is not None:
             on_pass(index, passes - 1, passes, x0)
-    return x0
+    return x0, wait_for
 
 
 def upload(x: Tensor, device: torch.device | str) -> Tensor:
@@ -186,10 +189,14 @@ def upload(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device)
 
 
-def _wait_for(latent: Tensor) -> None:
-    """Let the device finish it, so that `seconds` are true: one wait a chunk, whose latent is about to be read anyway.
+def _waiting_for(latent: Tensor) -> Callable[[], None]:
+    """What lets the device finish what it has been given so far: one wait a chunk, so that `seconds` are true.
 
-    Other streams may go on: one may be decoding the chunk before.
+    What it is given later goes on meanwhile, so that the device writes one chunk into the memory while the host opens
+    the next, and so do other streams: one may be decoding the chunk before.
     """
-    if latent.is_cuda:
-        torch.cuda.current_stream(latent.device).synchronize()
+    if not latent.is_cuda:
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(latent.device))
+    return event.synchronize

@@ -89,7 +89,7 @@ def test_the_next_noise_is_drawn_before_the_wait(monkeypatch):
     """So the host draws while the device still computes; nothing is drawn past the end."""
     order, draw = [], rollout.draw_noise
     monkeypatch.setattr(rollout, "draw_noise", lambda *args: (order.append(args[2:]), draw(*args))[1])
-    monkeypatch.setattr(rollout, "_wait_for", lambda latent: order.append("wait"))
+    monkeypatch.setattr(rollout, "_waiting_for", lambda latent: lambda: order.append("wait"))
     model = Recorder()
     list(stream(model, model, SamplerConfig(sigmas=(1.0,)), shape=SHAPE, total_frames=5))
     assert order == [(0, 999), (1, 999), "wait", "wait"]
