@@ -527,6 +527,40 @@ def sweep_backward(case: Case, clock: Clock, report: Report, deadline: float) ->
         report.add("sweep", f"backward, {case.label}", name, ms, flop, of=note, right=right)
 
 
+def sweep_router(tokens: int, keys: int, clock: Clock, report: Report, deadline: float) -> None:
+    """Tiles of the router's first kernel and warps of its second, each beside what is chosen."""
+    router = import_module(f"{PACK}.kernels.pbsa.triton.router")
+    device = clock.flush.device
+    draw = torch.Generator(device).manual_seed(0)
+    slots, blocks = keys // tokens, -(-QUERIES // tokens)
+    pooled_q, pooled_k = (torch.randn(HEADS, n, DIM, generator=draw, device=device) for n in (blocks, slots))
+    always, local = split_slots(slots, 4096 // tokens, device)
+
+    def run():
+        return route(pooled_q, pooled_k, always, local, local.shape[1] // 4, backend="triton")
+
+    kept, expected = (router.SCORE_TILE, router.warps_for), run()[0].idx
+    found = [(clock.ms(run), "as chosen", True)]
+    tiles = [
+        {"ROWS": rows, "SLOTS": wide, "STEP": step, "PLACES": places}
+        for rows, wide, step, places in itertools.product((16, 32), (32, 64, 128), (32, 64, 128), (32, 64, 256))
+    ]
+    plan = [(tile, router.warps_for) for tile in tiles] + [
+        (kept[0], lambda _, warps=warps: warps) for warps in (1, 2, 4, 8)
+    ]
+    for tile, warps in plan:
+        if time.monotonic() > deadline:
+            break
+        router.SCORE_TILE, router.warps_for = tile, warps
+        name = " ".join(f"{key} {value}" for key, value in tile.items()) + f", {warps(slots)} warps select"
+        same = attempt(name, lambda: (run()[0].idx == expected).float().mean().item())
+        if same is not None:
+            found.append((clock.ms(run), name, same > 0.999))  # of nearly equal scores either may win
+    router.SCORE_TILE, router.warps_for = kept
+    for ms, name, right in sorted(found):
+        report.add("sweep", f"router, {blocks} x {slots} blocks of {tokens}", name, ms, right=right)
+
+
 # ---------------------------------------------------------------------------------------------- main
 
 
@@ -590,6 +624,9 @@ def main() -> None:
             for tokens in (128, 64):
                 case = Case(tokens, 32768, 0.2)
                 attempt("sweep", lambda case=case: sweep_backward(case, clock, report, deadline))
+        if "router" in args.only:
+            for tokens in (128, 64):
+                attempt("sweep", lambda tokens=tokens: sweep_router(tokens, 32768, clock, report, deadline))
     else:
         measure(args, clock, report)
     attempt("plot", report.plot)

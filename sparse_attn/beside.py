@@ -1,7 +1,7 @@
 """Work beside the caller's own: handed over in order to one thread, which has a CUDA stream of its own.
 
 So a chunk can be decoded while the next one is denoised. Callers ask `pays_on` first: on a CPU both want the same cores
-and little is won (docs/speed.md), and on CUDA it is off until it has been run and timed there.
+and little is won, and on CUDA it is off until a host has run it there (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 THREAD = "sparse_forcing_beside"  # how the names of the threads begin
-# where it is on; "cuda" once tests/core/test_gpu.py and a host have run it there
+# where it is on; "cuda" once a host has run it there, as tests/core/test_gpu.py has
 DEVICES: tuple[str, ...] = ()
 
 

@@ -75,7 +75,7 @@ class VariantTraining(DitTraining):
     clock do not.
     """
 
-    steps: int = 2400
+    steps: int = 1800
     first_share: float = 0.1
     late_share: float = 0.2
     recall_share: float = 0.5

@@ -146,6 +146,11 @@ def test_backward(arch, tokens):
 
 
 @pytest.mark.parametrize("arch", TARGETS)
+def test_readers(arch):
+    check(backward.find_readers, arch, {"LISTS": 64, "STEP": 32}, 4, 3)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize(("tokens", "warps"), [(64, 4), (128, 8)])
 def test_mass(arch, tokens, warps):
     constants = {"T": tokens, "D": 128, "D_PAD": 128, "PRECISION": "tf32"}

@@ -18,7 +18,7 @@ inside = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the process of test_in_a_process"
 )
 if importlib.util.find_spec("triton") is not None:
-    from sparse_forcing_pack.kernels.pbsa.triton import forward, variants
+    from sparse_forcing_pack.kernels.pbsa.triton import backward, forward, variants
     from sparse_forcing_pack.kernels.pbsa.triton.variants import VARIANTS, Shape, Variant
 
 HOPPER = (9, 0)
@@ -108,6 +108,27 @@ def test_v_in_two_halves(dim):
         truth_out, truth_lse = attend_literally(problem, torch.float64)
         torch.testing.assert_close(out.double(), truth_out, rtol=0, atol=2e-3)
         torch.testing.assert_close(lse.double(), truth_lse, rtol=0, atol=2e-5)
+
+
+@inside
+@pytest.mark.parametrize(("lists", "shared_by", "longest"), [(5, 1, 7), (70, 1, 40), (130, 3, 33), (3, 2, 1)])
+def test_readers_of_a_page(lists, shared_by, longest):
+    """More lists and entries than a program looks at at once, empty lists, pages without readers, targets in no order."""
+    draw = torch.Generator().manual_seed(lists)
+    slots = longest + 5
+    idx = torch.rand(2, lists, slots, generator=draw).argsort(-1)[..., :longest].to(torch.int32).contiguous()
+    cnt = torch.randint(0, longest + 1, (2, lists), generator=draw, dtype=torch.int32)
+    targets = torch.rand(2, slots, generator=draw).argsort(-1)[:, : slots - 2].to(torch.int32).contiguous()
+    readers, count = backward.transpose_lists(idx, cnt, targets, lists * shared_by)
+    for g in range(2):
+        for at, slot in enumerate(targets[g]):
+            wanted = [
+                n * shared_by + block
+                for n in range(lists)
+                if slot in idx[g, n, : cnt[g, n]]
+                for block in range(shared_by)
+            ]
+            assert readers[g, at, : count[g, at]].tolist() == wanted
 
 
 @pytest.mark.parametrize(

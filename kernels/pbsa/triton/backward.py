@@ -83,6 +83,7 @@ def launch(
     query_tile, page_tile = tiles
     q, k_pages, v_pages = unit_rows(q), unit_rows(k_pages), unit_rows(v_pages)
     page_len, idx, cnt, grad_out = (x.contiguous() for x in (page_len, idx, cnt, grad_out))
+    targets = None if targets is None else targets.contiguous()
     strides = (*q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3])
     slots, lists = k_pages.shape[1], cnt.shape[1]
     scales = scale, scale * math.log2(math.e)
@@ -105,33 +106,55 @@ def launch(
         )  # fmt: skip
         if targets is None or count == 0:
             return dq, dk, dv
-        readers, reader_cnt = transpose_lists(idx, cnt, targets, blocks, slots)
+        readers, reader_cnt = transpose_lists(idx, cnt, targets, blocks)
         backward_pages[(count * (tokens // page_tile.keys), groups)](
-            q, k_pages, v_pages, page_len, targets.contiguous(), readers, reader_cnt, grad_out, lse_log2, delta,
+            q, k_pages, v_pages, page_len, targets, readers, reader_cnt, grad_out, lse_log2, delta,
             dk, dv, *strides, count, blocks, slots, *scales, **common, **page_tile.options(),
         )  # fmt: skip
     return dq, dk, dv
 
 
-def transpose_lists(
-    idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int, slots: int
-) -> tuple[Tensor, Tensor]:
+def transpose_lists(idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """For each target page the query blocks that read it, ascending: readers [G, NC, NQ], their number [G, NC], int32.
 
-    idx [G, NR, M], cnt [G, NR], targets [G, NC] distinct slots. Plain torch, nothing waits for the device.
+    idx [G, NR, M], cnt [G, NR], targets [G, NC] slots, all contiguous. What follows a page's readers is not written.
     """
     groups, lists, longest = idx.shape
     count = targets.shape[1]
-    place = torch.full((groups, slots), count, dtype=torch.int64, device=idx.device)  # count: not a target
-    place.scatter_(1, targets.long(), torch.arange(count, device=idx.device).expand(groups, -1))
-    entry = place.gather(1, idx.long().flatten(1)).view(idx.shape)
-    listed = torch.arange(longest, device=idx.device) < cnt[..., None]
-    reads = torch.zeros((groups, lists, count + 1), dtype=torch.bool, device=idx.device)
-    reads.scatter_(2, entry.masked_fill(~listed, count), True)
-    reads = reads[..., :count].transpose(1, 2)  # [G, NC, NR]
-    reads = reads.repeat_interleave(blocks // lists, dim=2)  # a list is every block's that it serves
-    readers = (~reads).to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32)
-    return readers.contiguous(), reads.sum(-1, dtype=torch.int32)
+    readers = torch.empty((groups, count, blocks), dtype=torch.int32, device=idx.device)
+    reader_cnt = torch.empty((groups, count), dtype=torch.int32, device=idx.device)
+    with torch.cuda.device_of(idx):
+        find_readers[(count, groups)](
+            idx, cnt, targets, readers, reader_cnt, lists, longest, blocks // lists, LISTS=64, STEP=32, num_warps=4
+        )
+    return readers, reader_cnt
+
+
+@triton.jit(do_not_specialize=["num_lists", "longest", "shared_by"])
+def find_readers(
+    idx, cnt, targets, readers, reader_cnt, num_lists, longest, shared_by, LISTS: tl.constexpr, STEP: tl.constexpr
+):
+    """One target page: LISTS lists at a time are searched for it, STEP entries at a time."""
+    g = tl.program_id(1).to(tl.int64)
+    target = g * tl.num_programs(0) + tl.program_id(0)
+    slot = tl.load(targets + target)
+    own = readers + target * num_lists * shared_by
+    count = 0
+    for first in range(0, num_lists, LISTS):
+        which = first + tl.arange(0, LISTS)
+        row = g * num_lists + which
+        listed = tl.load(cnt + row, mask=which < num_lists, other=0)
+        reads = tl.zeros((LISTS,), tl.int32)
+        for begin in range(0, tl.max(listed, axis=0), STEP):
+            entry = begin + tl.arange(0, STEP)
+            inside = entry[None, :] < listed[:, None]
+            found = tl.load(idx + row[:, None] * longest + entry[None, :], mask=inside, other=-1)
+            reads = tl.maximum(reads, tl.max((found == slot).to(tl.int32), axis=1))
+        rank = count + tl.cumsum(reads, axis=0) - 1
+        for block in range(shared_by):  # a list is every block's that it serves
+            tl.store(own + rank * shared_by + block, which * shared_by + block, mask=reads > 0)
+        count += tl.sum(reads, axis=0)
+    tl.store(reader_cnt + target, count * shared_by)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

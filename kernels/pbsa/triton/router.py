@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .primitives import kth_largest_key, load_rows, order_key
 
-SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 32}
+SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 64, "PLACES": 64}
 PARTS_STEP = 4
 
 
@@ -36,7 +36,7 @@ def route(
     position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
     scores = torch.empty((groups, blocks, slots), dtype=torch.float32, device=device)
     with torch.cuda.device_of(pooled_q):
-        score[(triton.cdiv(blocks, SCORE_TILE["ROWS"]), triton.cdiv(slots, SCORE_TILE["SLOTS"]), groups)](
+        score[(triton.cdiv(blocks, SCORE_TILE["ROWS"]) + 1, triton.cdiv(slots, SCORE_TILE["SLOTS"]), groups)](
             *vectors, scores, position_of, blocks, slots, fixed, free, scale, D=dim, **SCORE_TILE, num_warps=4,
         )  # fmt: skip
         select[(blocks, groups)](
@@ -140,18 +140,22 @@ def _places(slots, always, fixed, local, free, SLOTS: tl.constexpr, STEP: tl.con
 @triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free"])
 def score(
     pooled_q, pooled_k, always, local, scores, position_of, blocks, num_slots, fixed, free, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """scores [G, NQ, S] = scale * q k^T in full float32; slots that are no candidate are scored and not looked at.
 
-    position_of [G, S]: the place of a slot in `always` followed by `local`, -1 where it is in neither. The programs of
-    the first query blocks write it: a kernel of its own would take longer to start than to run.
+    position_of [G, S]: the place of a slot in `always` followed by `local`, -1 where it is in neither. Programs beside
+    those of the query blocks write it: a kernel of its own would take longer to start than to run.
     """
     g = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     row = g * blocks + rows
     slot = g * num_slots + slots
+    if tl.program_id(0) * ROWS >= blocks:
+        position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, PLACES)
+        tl.store(position_of + slot, position, mask=slots < num_slots)
+        return
     acc = tl.zeros((ROWS, SLOTS), tl.float32)
     for first in range(0, D, STEP):
         dims = first + tl.arange(0, STEP)
@@ -167,9 +171,6 @@ def score(
         acc = tl.dot(q * scale, tl.trans(k), acc, input_precision="ieee")
     keep = (rows < blocks)[:, None] & (slots < num_slots)[None, :]
     tl.store(scores + row[:, None] * num_slots + slots[None, :], acc, mask=keep)
-    if tl.program_id(0) == 0:
-        position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, STEP)
-        tl.store(position_of + slot, position, mask=slots < num_slots)
 
 
 @triton.jit
