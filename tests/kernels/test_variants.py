@@ -113,7 +113,7 @@ def test_v_in_two_halves(dim):
 @inside
 @pytest.mark.parametrize(("lists", "shared_by", "longest"), [(5, 1, 7), (70, 1, 40), (130, 3, 33), (3, 2, 1)])
 def test_readers_of_a_page(lists, shared_by, longest):
-    """More lists and entries than a program looks at at once, empty lists, pages without readers, targets in no order."""
+    """More lists and entries than a program looks at at once; empty lists; pages without readers; targets unsorted."""
     draw = torch.Generator().manual_seed(lists)
     slots = longest + 5
     idx = torch.rand(2, lists, slots, generator=draw).argsort(-1)[..., :longest].to(torch.int32).contiguous()
