@@ -432,16 +432,11 @@ class FastPass:
         rows = cache.chunk.tokens
         with named_range("element-wise"):
             pages = cache.pages(layer)
-            means = cache.pooled[layer]
-            if cache.quarters:  # nobody reads them
-                means = means.new_empty(means[:, :, 0].shape)
             q_blocks, pooled_q = fused.norm_rope_to_pages(
-                *parts, rows, current, *pages, means, backend=self.backend
+                *parts, rows, current, *pages, cache.pooled[layer], backend=self.backend
             )
             if memory.stores:
                 cache.store(layer, current)
-            if cache.quarters:
-                pooled_q = cache.pool_written(layer, current, pages[0], q_blocks)
         reading = cache, pages, persistent, window
         out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept, wanted)
         if out is None:

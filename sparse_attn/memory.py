@@ -194,14 +194,6 @@ class PagedKV:
         with `router` "quarters" those of their quarters [G, n, 4, D]."""
         return part_means(blocks, lens) if self.quarters else pool_pages(blocks, lens).float()
 
-    def pool_written(self, layer: int, slots: Tensor, k_pages: Tensor, q_blocks: Tensor) -> Tensor:
-        """Pool the keys that the open chunk wrote at `slots` of k_pages, and its queries, which are returned."""
-        at = (self._groups, slots)
-        # not `chunk_lens`, which a CUDA graph of an earlier chunk does not know
-        lens = self.page_len[layer][at]
-        self.pooled[layer][at] = self.pool(k_pages[at], lens)
-        return self.pool(q_blocks, lens)
-
     def routed_parts(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor] | None:
         """`parts` of the router: of the open chunk's blocks, which are at `slots`, and of all of a layer's pages."""
         if not self.quarters:

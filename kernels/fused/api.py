@@ -45,9 +45,10 @@ def norm_rope_to_pages(
     row of each block, -1 behind a ragged block's end; slots [G, NB] int32 or int64: the page of each block, distinct
     within a group.
     Written in place: k_pages, v_pages [G, S, T, D] at `slots` (rows without a token become zero) and pooled_k
-    [G, S, D] float32, the mean of each page's keys as stored.
+    [G, S, D] float32, the mean of each page's keys as stored; or [G, S, R, D], that of each R-th of a page's rows (0
+    where it holds no token).
 
-    -> q blocks [G, NB, T, D] in the pages' dtype, and their means [G, NB, D] in pooled_k's dtype.
+    -> q blocks [G, NB, T, D] in the pages' dtype, and their means [G, NB, D] or [G, NB, R, D] in pooled_k's dtype.
     """
     heads, dim = _check_projections(q, k, v, norm_q, norm_k, cos, sin)
     blocks, rows = tokens.shape
@@ -55,7 +56,9 @@ def norm_rope_to_pages(
     expect("k_pages", k_pages, (groups, None, rows, dim), q.device)
     expect("v_pages", v_pages, tuple(k_pages.shape), q.device)
     expect("slots", slots, (groups, blocks), q.device)
-    expect("pooled_k", pooled_k, (groups, k_pages.shape[1], dim), q.device)
+    expect("pooled_k", pooled_k, (groups, k_pages.shape[1], *pooled_k.shape[2:-1], dim), q.device)
+    if pooled_k.dim() > 4 or rows % _parts(pooled_k):
+        raise ValueError(f"pooled_k of shape {list(pooled_k.shape)} does not divide the {rows} rows of a block")
     args = q, k, v, norm_q, norm_k, cos, sin, tokens, slots, k_pages, v_pages, pooled_k, eps
     if _backend(backend, "norm_rope", q, dim, rows) == "triton":
         from . import triton
@@ -262,6 +265,11 @@ def _backend8(
 def _backend(backend: str, operation: str, x: Tensor, dim: int | None = None, rows: int | None = None) -> str:
     """PBSA's choice."""
     return backend_for(backend, operation, x.device, x.dtype, dim, rows)
+
+
+def _parts(pooled: Tensor) -> int:
+    """R of pooled vectors [G, n, R, D], 1 of [G, n, D]."""
+    return pooled.shape[2] if pooled.dim() == 4 else 1
 
 
 def _check_projections(q, k, v, norm_q, norm_k, cos, sin) -> tuple[int, int]:

@@ -163,5 +163,5 @@ def test_router(arch):
     check(router.score, arch, {"D": 128} | router.SCORE_TILE, 4, 3)
     check(router.select, arch, {"SLOTS": 512}, router.warps_for(512), 3)
     for slots in (256, 512):
-        tile = {"D": 128, "PARTS": 4, "SLOTS": slots, "STEP": router.PARTS_STEP}
-        check(router.choose_by_parts, arch, tile, router.parts_warps(slots), 3, f"by parts among {slots}")
+        tile = {"PARTS": 4, "SLOTS": slots}
+        check(router.select_by_parts, arch, tile, router.parts_warps(slots), 3, f"by parts among {slots}")

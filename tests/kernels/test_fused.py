@@ -78,11 +78,11 @@ class Chunk:
         self.frames = exact(torch.randn(shape, generator=draw))
         self.heads, self.dim, self.batch = heads, dim, batch
 
-    def to_pages(self, backend, device, dtype):
-        """-> q blocks, their means, k pages, v pages, pooled keys."""
+    def to_pages(self, backend, device, dtype, parts=()):
+        """-> q blocks, their means, k pages, v pages, pooled keys; parts: (R,) of a block that have a mean each."""
         q, k, v, *norms, k_pages, v_pages = self._floats(device, dtype, self.pages)
         wide = torch.promote_types(dtype, torch.float32)
-        pooled = torch.zeros(*k_pages.shape[:2], self.dim, dtype=wide, device=device)
+        pooled = torch.zeros(*k_pages.shape[:2], *parts, self.dim, dtype=wide, device=device)
         tables = [x.to(device) for x in (*self.rope, self.tokens, self.slots)]
         found = fused.norm_rope_to_pages(q, k, v, *norms, *tables, k_pages, v_pages, pooled, backend=backend)
         return *found, k_pages, v_pages, pooled
@@ -149,6 +149,24 @@ def test_pages(precisions, settings):
         others = torch.ones(pooled_k.shape[:2], dtype=torch.bool).index_put(at, torch.tensor(False))
         assert torch.equal(k_pages[others].double(), chunk.pages[0][others]) and not pooled_k[others].any()
         assert not k_pages[at][:, chunk.tokens < 0].any(), "rows without a token are zero"
+
+
+@pytest.mark.parametrize("settings", CHUNKS, ids=ids)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_means_of_parts(precisions, settings, parts):
+    """Of blocks and pages whose last parts are short or empty."""
+    chunk = Chunk(**settings)
+    groups = len(chunk.slots)
+    rows = chunk.tokens.shape[1] // parts
+    lens = (chunk.geometry.lens[:, None] - rows * torch.arange(parts, dtype=torch.int32)).clamp(0, rows)
+    lens = lens.flatten().expand(groups, -1)
+    at = (torch.arange(groups)[:, None], chunk.slots.long())
+    for backend, device, dtype in [("reference", "cpu", torch.float64), *precisions]:
+        found = [x.cpu() for x in chunk.to_pages(backend, device, dtype, (parts,))]
+        q_blocks, pooled_q, k_pages, _, pooled_k = found
+        for blocks, pooled in ((q_blocks, pooled_q), (k_pages[at], pooled_k[at])):
+            expected = pool_pages(blocks.unflatten(2, (parts, -1)).flatten(1, 2), lens).unflatten(1, (-1, parts))
+            torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", CHUNKS, ids=ids)
@@ -315,6 +333,8 @@ def test_refusals_name_the_value():
         fused.norm_rope_to_pages(*args[:8], chunk.slots[:, :0], *chunk.pages, pooled)
     with pytest.raises(ValueError, match=r"pooled_k must have shape"):
         fused.norm_rope_to_pages(*args, pooled[:, :1])
+    with pytest.raises(ValueError, match=r"does not divide the 32 rows of a block"):
+        fused.norm_rope_to_pages(*args, pooled[:, :, None].expand(-1, -1, 3, -1))
     with pytest.raises(ValueError, match="2 frames, which do not divide 23 tokens"):
         fused.modulated_norm(q[:, :23], q[:, :2], q[:, :2])
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run"):

@@ -58,11 +58,13 @@ def test_rows(arch):
 
 @pytest.mark.parametrize("arch", [90, 100, 120])  # 8-bit floats came with 8.9
 def test_quantise(arch):
-    wide = {"C": 8960, "BLOCK": 16384, "GELU": True}
+    wide = {"C": 8960, "HEAD": 8192, "TAIL": 1024, "GELU": True}
+    heads = {"HEADS": 12, "D": 128, "HEADS_PAD": 16, "D_PAD": 128}
     norm = {"C": 1536, "BLOCK": 2048, "PLUS_ONE": True}
     for text in (
         ptx(rows._quantise_rows, arch, wide, rows._warps(8960), bytes_out=True),
         ptx(rows._residual_norm, arch, norm, rows._warps(1536), bytes_out=True),
+        ptx(place._to_tokens_in_8_bits, arch, heads, 4, bytes_out=True),
     ):
         assert "e4m3x2" in text and re.search(r"st\.global\S*\.b(32|64)|st\.global\S*\.v\d\.b32", text)
 
@@ -72,8 +74,9 @@ def test_quantise(arch):
 def test_place(arch, paged):
     tile = {"ROWS": 64, "D": 128, "ROWS_PAD": 64, "D_PAD": 128}
     absent = () if paged else ("tokens", "pooled_q", "pooled_k")
-    text = ptx(place._place, arch, tile | {"PAGES": paged}, 4, absent)
-    assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.v4\.b32", text)
+    for parts in (1, 4) if paged else (1,):
+        text = ptx(place._place, arch, tile | {"PAGES": paged, "PARTS": parts}, 4, absent)
+        assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.v4\.b32", text)
     text = ptx(place._to_tokens, arch, tile, 4)
     assert re.search(r"st\.global\S*\.v4\.b32", text)
 

@@ -39,7 +39,7 @@ def norm_rope_to_pages(
     groups, slot_count, rows, dim = k_pages.shape
     blocks, batch = tokens.shape[0], q.shape[0]
     q_blocks = torch.empty((groups, blocks, rows, dim), dtype=k_pages.dtype, device=q.device)
-    pooled_q = torch.empty((groups, blocks, dim), dtype=torch.float32, device=q.device)
+    pooled_q = torch.empty((groups, blocks, *pooled_k.shape[2:]), dtype=torch.float32, device=q.device)
     k_store, v_store, q_store = (_by_head(x, batch) for x in (k_pages, v_pages, q_blocks))
     assert pooled_k.is_contiguous() and pooled_k.dtype == torch.float32
     _launch(
@@ -116,6 +116,7 @@ def _launch(
     page slots of a group."""
     batch, count, width = q.shape
     dim = k_store.shape[3]
+    parts = pooled_k.shape[2] if pooled_k is not None and pooled_k.dim() == 4 else 1
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     factors = torch.empty((2, batch, count), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -129,7 +130,7 @@ def _launch(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *q_store.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3],
             ROWS=rows, D=dim, ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim),
-            PAGES=tokens is not None, num_warps=4,
+            PAGES=tokens is not None, PARTS=parts, num_warps=4,
         )  # fmt: skip
 
 
@@ -169,12 +170,30 @@ def _store_tile(start, row, keep, stride, tile, D: tl.constexpr, D_PAD: tl.const
     tl.store(at, tile, mask=keep[:, None] & (dims < D)[None, :])
 
 
+@triton.jit
+def _store_means(
+    pooled, block, stored, keep,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, ROWS_PAD: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """The means of the parts of a block's rows as stored, of which those without a token are zero."""
+    dims = tl.arange(0, D_PAD)
+    values = stored.to(tl.float32)
+    for part in tl.static_range(PARTS):
+        mine, tile = keep, values
+        if PARTS > 1:
+            mine = keep & (tl.arange(0, ROWS_PAD) // (ROWS // PARTS) == part)
+            tile = tl.where(mine[:, None], values, 0.0)
+        length = tl.maximum(tl.sum(mine.to(tl.int32), axis=0), 1)
+        tl.store(pooled + (block * PARTS + part) * D + dims, tl.sum(tile, axis=0) / length, mask=dims < D)
+
+
 @triton.jit(do_not_specialize=["count", "size"])
 def _place(
     q, k, v, norm_q, norm_k, cos, sin, factors, tokens, slots,
     q_store, k_store, v_store, pooled_q, pooled_k, count, size,
     q_b, q_n, k_b, k_n, v_b, v_n, qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, vs_b, vs_h, vs_n,
     ROWS: tl.constexpr, D: tl.constexpr, ROWS_PAD: tl.constexpr, D_PAD: tl.constexpr, PAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     h, block, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group, blocks = b * tl.num_programs(0) + h, tl.num_programs(1)
@@ -204,9 +223,7 @@ def _place(
     stored = _rotate(tile, turn_cos, turn_sin, ROWS_PAD, D_PAD).to(q_store.dtype.element_ty)
     _store_tile(q_store + b * qs_b + h * qs_h, q_row, written, qs_n, stored, D, D_PAD)
     if PAGES:
-        length = tl.maximum(tl.sum(keep.to(tl.int32), axis=0), 1)
-        mean = tl.sum(stored.to(tl.float32), axis=0) / length  # rows without a token are zero
-        tl.store(pooled_q + (group * blocks + block) * D + dims, mean, mask=dims < D)
+        _store_means(pooled_q, group * blocks + block, stored, keep, ROWS, PARTS, D, ROWS_PAD, D_PAD)
 
     tile = _load_tile(k + b * k_b + h * D, token, keep, k_n, D, D_PAD)
     at = (tl.num_programs(2) + b) * count + token
@@ -215,8 +232,7 @@ def _place(
     stored = _rotate(tile, turn_cos, turn_sin, ROWS_PAD, D_PAD).to(k_store.dtype.element_ty)
     _store_tile(k_store + b * ks_b + h * ks_h, kv_row, written, ks_n, stored, D, D_PAD)
     if PAGES:
-        mean = tl.sum(stored.to(tl.float32), axis=0) / length
-        tl.store(pooled_k + (group * size + slot) * D + dims, mean, mask=dims < D)
+        _store_means(pooled_k, group * size + slot, stored, keep, ROWS, PARTS, D, ROWS_PAD, D_PAD)
 
     tile = _load_tile(v + b * v_b + h * D, token, keep, v_n, D, D_PAD).to(v_store.dtype.element_ty)
     _store_tile(v_store + b * vs_b + h * vs_h, kv_row, written, vs_n, tile, D, D_PAD)

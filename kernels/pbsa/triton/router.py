@@ -5,9 +5,9 @@ It works in slot order, so that compacting the kept pages by a running count giv
 found two bits at a time.
 
 Two small kernels, `score` and `select`: a program that scores 16 query blocks at once reads the pooled keys 16 times
-less often, and a row of scores fits one warp, whose sums need no barrier. `choose_by_parts` is both in one launch, for
-blocks in parts. What each row's softmax gives a page is left for its reader to add up, once a chunk instead of in every
-pass. Letters as in `api`.
+less often, and a row of scores fits one warp, whose sums need no barrier. Parts of blocks are scored like blocks, and
+`select_by_parts` takes the rows of a block together. What each row's softmax gives a page is left for its reader to add
+up, once a chunk instead of in every pass. Letters as in `api`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from torch import Tensor
 from .primitives import kth_largest_key, load_rows, order_key
 
 SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 64, "PLACES": 64}
-PARTS_STEP = 4
 
 
 def route(
     pooled_q: Tensor, pooled_k: Tensor, always: Tensor, local: Tensor, keep: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, cnt, shares [G, NQ, NA + NL]."""
-    groups, blocks, dim = pooled_q.shape
+    groups, blocks, _ = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
     device = pooled_q.device
     slots_pad = max(32, triton.next_power_of_2(slots))
@@ -36,9 +35,7 @@ def route(
     position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
     scores = torch.empty((groups, blocks, slots), dtype=torch.float32, device=device)
     with torch.cuda.device_of(pooled_q):
-        score[(triton.cdiv(blocks, SCORE_TILE["ROWS"]) + 1, triton.cdiv(slots, SCORE_TILE["SLOTS"]), groups)](
-            *vectors, scores, position_of, blocks, slots, fixed, free, scale, D=dim, **SCORE_TILE, num_warps=4,
-        )  # fmt: skip
+        _score(*vectors, scores, position_of, fixed, free, scale)
         select[(blocks, groups)](
             scores, position_of, idx, cnt, shares, slots, fixed + free, fixed, keep,
             SLOTS=slots_pad, num_warps=warps_for(slots_pad),
@@ -57,17 +54,42 @@ def route_parts(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `api.route_parts`; `keep` <= NL. Results as of `route`."""
-    groups, blocks, parts, dim = pooled_q.shape
+    groups, blocks, parts, _ = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
-    idx, cnt, shares = _results((groups, blocks), fixed, free, keep, pooled_q.device)
-    inputs = [x.contiguous() for x in (pooled_q, pooled_k, q_parts, k_parts, always, local)]
+    device = pooled_q.device
+    idx, cnt, shares = _results((groups, blocks), fixed, free, keep, device)
+    vectors = [x.contiguous() for x in (pooled_q.flatten(1, 2), pooled_k.flatten(1, 2), always, local)]
     slots_pad = max(32, triton.next_power_of_2(slots))
+    position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
+    scores = torch.empty((groups, blocks * parts, slots * parts), dtype=torch.float32, device=device)
     with torch.cuda.device_of(pooled_q):
-        choose_by_parts[(blocks, groups)](
-            *inputs, idx, cnt, shares, blocks, slots, fixed, free, keep, scale,
-            D=dim, PARTS=parts, SLOTS=slots_pad, STEP=PARTS_STEP, num_warps=parts_warps(slots_pad),
+        _score(*vectors, scores, position_of, fixed, free, scale)
+        select_by_parts[(blocks, groups)](
+            scores, position_of, q_parts.contiguous(), k_parts.contiguous(), idx, cnt, shares,
+            slots, fixed + free, fixed, keep, PARTS=parts, SLOTS=slots_pad, num_warps=parts_warps(slots_pad),
         )  # fmt: skip
     return idx, cnt, shares
+
+
+def _score(
+    rows: Tensor,
+    columns: Tensor,
+    always: Tensor,
+    local: Tensor,
+    scores: Tensor,
+    position_of: Tensor,
+    fixed: int,
+    free: int,
+    scale: float,
+) -> None:
+    """Launch `score` for rows [G, n, D] and columns [G, m, D]: a page's vector or those of its parts side by side."""
+    groups, count, dim = rows.shape
+    width = columns.shape[1]
+    grid = triton.cdiv(count, SCORE_TILE["ROWS"]) + 1, triton.cdiv(width, SCORE_TILE["SLOTS"]), groups
+    score[grid](
+        rows, columns, always, local, scores, position_of, count, width, position_of.shape[1], fixed, free, scale,
+        D=dim, **SCORE_TILE, num_warps=4,
+    )  # fmt: skip
 
 
 def _results(
@@ -80,8 +102,8 @@ def _results(
 
 
 def parts_warps(slots: int) -> int:
-    """A thread holds up to 16 slots of each part."""
-    return min(16, max(1, slots // 128))
+    """A thread holds up to 8 slots of each part."""
+    return min(16, max(1, slots // 256))
 
 
 def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
@@ -137,15 +159,16 @@ def _places(slots, always, fixed, local, free, SLOTS: tl.constexpr, STEP: tl.con
     return _place(position, slots, local, free, fixed, STEP)
 
 
-@triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free"])
+@triton.jit(do_not_specialize=["blocks", "num_slots", "num_pages", "fixed", "free"])
 def score(
-    pooled_q, pooled_k, always, local, scores, position_of, blocks, num_slots, fixed, free, scale,
+    pooled_q, pooled_k, always, local, scores, position_of, blocks, num_slots, num_pages, fixed, free, scale,
     D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """scores [G, NQ, S] = scale * q k^T in full float32; slots that are no candidate are scored and not looked at.
 
-    position_of [G, S]: the place of a slot in `always` followed by `local`, -1 where it is in neither. Programs beside
-    those of the query blocks write it: a kernel of its own would take longer to start than to run.
+    position_of [G, num_pages]: the place of a page's slot in `always` followed by `local`, -1 where it is in neither.
+    Programs beside those of the query blocks write it: a kernel of its own would take longer to start than to run.
+    num_pages is S, or less where a page has several vectors.
     """
     g = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -153,8 +176,9 @@ def score(
     row = g * blocks + rows
     slot = g * num_slots + slots
     if tl.program_id(0) * ROWS >= blocks:
-        position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, PLACES)
-        tl.store(position_of + slot, position, mask=slots < num_slots)
+        if tl.program_id(1) * SLOTS < num_pages:
+            position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, PLACES)
+            tl.store(position_of + g * num_pages + slots, position, mask=slots < num_pages)
         return
     acc = tl.zeros((ROWS, SLOTS), tl.float32)
     for first in range(0, D, STEP):
@@ -215,37 +239,31 @@ def select(
     _keep(found, weights, position, row, idx, cnt, shares, num_candidates, fixed, keep, SLOTS)
 
 
-@triton.jit(do_not_specialize=["blocks", "num_slots", "fixed", "free", "keep"])
-def choose_by_parts(
-    pooled_q, pooled_k, q_parts, k_parts, always, local, idx, cnt, shares, blocks, num_slots, fixed, free, keep,
-    scale, D: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+@triton.jit(do_not_specialize=["num_slots", "num_candidates", "fixed", "keep"])
+def select_by_parts(
+    scores, position_of, q_parts, k_parts, idx, cnt, shares, num_slots, num_candidates, fixed, keep,
+    PARTS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One query block: each of its parts has a softmax over all parts of the keys; by their mean it keeps its slots."""
+    """The rows of scores of a query block's PARTS parts: each has a softmax over all parts of the keys; by their mean,
+    weighted by the parts' tokens, the block keeps its slots."""
     g = tl.program_id(1).to(tl.int64)
-    row = g * blocks + tl.program_id(0) + tl.arange(0, 1)
+    row = g * tl.num_programs(0) + tl.program_id(0) + tl.arange(0, 1)
+    one_row = tl.sum(row, axis=0)
     slots, parts = tl.arange(0, SLOTS), tl.arange(0, PARTS)
-    there = slots < num_slots
-    q_at = (tl.sum(row, axis=0) * PARTS + parts)[:, None, None] * D
-    top = tl.full((PARTS, SLOTS), float("-inf"), tl.float32)
-    mass = tl.zeros((PARTS, SLOTS), tl.float32)
-    for other in range(PARTS):
-        at = (g * num_slots + slots) * PARTS + other
-        found = tl.zeros((PARTS, SLOTS), tl.float32)
-        for first in range(0, D, STEP):
-            dims = (first + tl.arange(0, STEP))[None, None, :]
-            q = tl.load(pooled_q + q_at + dims, mask=dims < D, other=0.0)
-            k = tl.load(
-                pooled_k + at[None, :, None] * D + dims, mask=there[None, :, None] & (dims < D), other=0.0
-            )
-            found += tl.sum(q * scale * k, axis=2)
-        size = tl.load(k_parts + at, mask=there, other=0)[None, :]
-        found = tl.where(size > 0, found + tl.log(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
-        new_top = tl.maximum(top, found)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        mass = mass * tl.exp(top - shift) + tl.exp(found - shift)
-        top = new_top
-    position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, 32)
-    weights = _softmax(tl.where(mass > 0, top + tl.log(tl.maximum(mass, 1e-30)), float("-inf")), position)
-    size = tl.load(q_parts + tl.sum(row, axis=0) * PARTS + parts).to(tl.float32)
-    weights = (tl.sum(weights * size[:, None], axis=0) / tl.sum(size, axis=0))[None, :]
-    _keep(weights, weights, position, row, idx, cnt, shares, fixed + free, fixed, keep, SLOTS)
+    position = tl.load(position_of + g * num_slots + slots, mask=slots < num_slots, other=-1)
+    at = slots[:, None] * PARTS + parts[None, :]
+    size = tl.load(k_parts + g * num_slots * PARTS + at, mask=(slots < num_slots)[:, None], other=0)
+    there = (size > 0) & (position >= 0)[:, None]
+    gain = tl.log(tl.maximum(size, 1).to(tl.float32))  # as if each of a part's tokens had its mean
+    weights = tl.zeros((1, SLOTS), tl.float32)
+    total = 0.0
+    for part in tl.static_range(PARTS):
+        found = tl.load(scores + (one_row * PARTS + part) * num_slots * PARTS + at, mask=there, other=0.0)
+        found = tl.where(there, found + gain, float("-inf"))
+        top = tl.max(tl.max(found, axis=1), axis=0)
+        mass = tl.sum(tl.exp(found - top), axis=1)
+        held = tl.load(q_parts + one_row * PARTS + part).to(tl.float32)
+        weights += (mass * (held / tl.sum(mass, axis=0)))[None, :]
+        total += held
+    weights = weights / total
+    _keep(weights, weights, position, row, idx, cnt, shares, num_candidates, fixed, keep, SLOTS)
