@@ -7,7 +7,8 @@
 Entries are NAME=FOLDER:MODE; the folder holds world_dit and world_text (and world_vae, or --vae names the folder that
 does). `renderer` and `vae` are the renderer's own frames, as they are and through the VAE: the best that can be scored.
 --variants names the folder of `train_world.py variants` and measures what is there. Measured numbers are kept in
-OUT/clips.csv; an entry that is there is not measured again.
+OUT/clips.csv; an entry that is there is not measured again. With --show N nothing is measured: OUT/recall_frames.jpg
+then shows the first N scenes of the recall test, away for five seconds, as the entries bring them back.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--absences", type=int, nargs="+", default=[2, 5, 15])
     parser.add_argument("--recalls", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--show", type=int, metavar="N", help="draw N scenes of the recall test instead")
     parser.add_argument("--against", default="dense-21", help="the variant that differences are taken to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
@@ -83,17 +85,25 @@ def main(arguments: list[str] | None = None) -> None:
     vae = clips.load_vae(args.vae or WEIGHTS, args.device)
     if args.device == "cuda":
         importlib.import_module(f"{PACK}.sparse_attn.training.common").channels_last(vae)
+
+    def source_of(name: str, folder: Path | None, mode: str):
+        if folder is None:
+            return quality.RenderedSource(args.device, vae if name == "vae" else None)
+        model = clips.load_folder(folder, args.device, vae)
+        return quality.ModelSource(model, variants.MODES[mode], args.device)
+
+    if args.show:
+        sources = {name: source_of(name, folder, mode) for name, folder, mode in entries}
+        args.out.mkdir(parents=True, exist_ok=True)
+        quality.show_recall(sources, 5, args.show).save(args.out / "recall_frames.jpg", quality=90)
+        print(f"wrote {args.out / 'recall_frames.jpg'}")
+        return
     rows = report.read_rows(args.out / "clips.csv")
     for name, folder, mode in entries:
         if any(row.name == name for row in rows):
             print(f"{name}: measured before")
             continue
-        if folder is None:
-            source = quality.RenderedSource(args.device, vae if name == "vae" else None)
-        else:
-            model = clips.load_folder(folder, args.device, vae)
-            source = quality.ModelSource(model, variants.MODES[mode], args.device)
-        rows += quality.measure(name, source, plan)
+        rows += quality.measure(name, source_of(name, folder, mode), plan)
         report.write_rows(args.out / "clips.csv", rows)
     report.write_report(args.out, rows, args.against)
     print((args.out / "table.md").read_text())

@@ -1,4 +1,4 @@
-"""Curves with intervals and heat maps, drawn with Pillow."""
+"""Curves with intervals, heat maps and rows of frames, drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -76,4 +76,25 @@ def heat_map(title: str, values: np.ndarray, rows: Sequence[str], columns: Seque
             colour = tuple(round(a + (b - a) * value) for a, b in zip((30, 20, 70), (250, 220, 60)))
             draw.rectangle((x, y, x + cell[0] - 2, y + cell[1] - 2), colour)
             draw.text((x + 10, y + 5), f"{value:.2f}", (0, 0, 0) if value > 0.55 else TEXT, font)
+    return image
+
+
+def frame_rows(
+    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]]], width: int = 112
+) -> Image.Image:
+    """Frames uint8 [H, W, 3] in rows with a name each, under the names of the columns."""
+    font, gap = ImageFont.load_default(), 3
+    left = 16 + max(round(font.getlength(name)) for name, _ in rows)
+    height = max(1, round(width * rows[0][1][0].shape[0] / rows[0][1][0].shape[1]))
+    size = left + len(columns) * (width + gap) - gap, TOP // 2 + len(rows) * (height + gap) - gap
+    image = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for i, name in enumerate(columns):
+        draw.text((left + i * (width + gap) + 2, 4), name, TEXT, font)
+    for j, (name, frames) in enumerate(rows):
+        y = TOP // 2 + j * (height + gap)
+        draw.text((8, y + height // 2 - 6), name, TEXT, font)
+        for i, frame in enumerate(frames):
+            picture = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+            image.paste(picture, (left + i * (width + gap), y))
     return image

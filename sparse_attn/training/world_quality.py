@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..config import AttentionConfig
@@ -25,7 +26,7 @@ from ..world.checker import label_pixels
 from ..world.model import WorldModel
 from ..world.render import render
 from ..world.scene import FPS, Scene, to_prompt
-from . import world_clips, world_metrics, world_recall
+from . import plots, world_clips, world_metrics, world_recall
 from .common import log
 from .dmd_config import seed_of
 from .quality_report import Row
@@ -193,11 +194,27 @@ def judged(
     return found
 
 
+def show_recall(sources: dict[str, Source], seconds: float, count: int) -> Image.Image:
+    """The first `count` scenes of the recall test after an absence of `seconds`, a row for each source."""
+    rows, titles = [], []
+    for scene in _recall_scenes(seconds, count):
+        titles = list(world_recall.moments(scene))
+        spans = [(at, at + 1) for at in world_recall.moments(scene).values()]
+        for name, source in sources.items():
+            rows.append((name, [frames[0].cpu().numpy() for frames in source.recalled([scene], spans)[0]]))
+            log.info("%s: shown", name)
+    return plots.frame_rows(titles, rows)
+
+
+def _recall_scenes(seconds: float, count: int) -> list[Scene]:
+    rng = random.Random(seed_of("recall", int(seconds)))
+    return [world_recall.recall_scene(rng, seconds) for _ in range(count)]
+
+
 def _recall_rows(
     name: str, source: Source, seconds: float, plan: Measuring, pool: ThreadPoolExecutor
 ) -> list[Row]:
-    rng = random.Random(seed_of("recall", int(seconds)))
-    scenes = [world_recall.recall_scene(rng, seconds) for _ in range(plan.recalls)]
+    scenes = _recall_scenes(seconds, plan.recalls)
     span, rows = world_recall.judged_span(scenes), []
     for first in range(0, len(scenes), plan.batch):
         part = scenes[first : first + plan.batch]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.pictures import to_uint8
 from sparse_forcing_pack.sparse_attn.training import quality_report, world_metrics, world_recall
@@ -304,3 +305,14 @@ def test_the_command_measures_what_is_named_once(command, tmp_path, capsys, monk
     assert command.parse_entry("mine=build/world:sparse") == ("mine", Path("build/world"), "sparse")
     with pytest.raises(ValueError, match="nothing to measure"):
         command.main(["--out", str(tmp_path)])
+
+
+def test_the_command_shows_what_comes_back(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.clips, "load_vae", lambda folder, device: None)
+    command.main(["--entry", "renderer", "--show", "2", "--device", "cpu", "--out", str(tmp_path)])
+    with Image.open(tmp_path / "recall_frames.jpg") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert pixels.shape[0] == 20 + 2 * 115 - 3, "a row a scene"
+    left = pixels.shape[1] - (4 * 115 - 3)
+    seen, away, back = (pixels[20:132, left + 115 * i : left + 115 * i + 112] for i in (0, 1, 3))
+    assert abs(seen - back).max() < 60 < 100 < abs(seen - away).max(), "it is back where it was"
