@@ -28,14 +28,10 @@ def route(
     """See `api.route`; `keep` <= NL. -> idx [G, NQ, NA + keep] int32 ascending, cnt, shares [G, NQ, NA + NL]."""
     groups, blocks, _ = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
-    device = pooled_q.device
+    idx, cnt, shares = _results((groups, blocks), fixed, free, keep, pooled_q.device)
     slots_pad = max(32, triton.next_power_of_2(slots))
-    vectors = [x.contiguous() for x in (pooled_q, pooled_k, always, local)]
-    idx, cnt, shares = _results((groups, blocks), fixed, free, keep, device)
-    position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
-    scores = torch.empty((groups, blocks, slots), dtype=torch.float32, device=device)
     with torch.cuda.device_of(pooled_q):
-        _score(*vectors, scores, position_of, fixed, free, scale)
+        scores, position_of = _score(pooled_q, pooled_k, always, local, slots, scale)
         select[(blocks, groups)](
             scores, position_of, idx, cnt, shares, slots, fixed + free, fixed, keep,
             SLOTS=slots_pad, num_warps=warps_for(slots_pad),
@@ -56,14 +52,11 @@ def route_parts(
     """See `api.route_parts`; `keep` <= NL. Results as of `route`."""
     groups, blocks, parts, _ = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
-    device = pooled_q.device
-    idx, cnt, shares = _results((groups, blocks), fixed, free, keep, device)
-    vectors = [x.contiguous() for x in (pooled_q.flatten(1, 2), pooled_k.flatten(1, 2), always, local)]
+    idx, cnt, shares = _results((groups, blocks), fixed, free, keep, pooled_q.device)
     slots_pad = max(32, triton.next_power_of_2(slots))
-    position_of = torch.empty((groups, slots), dtype=torch.int32, device=device)
-    scores = torch.empty((groups, blocks * parts, slots * parts), dtype=torch.float32, device=device)
     with torch.cuda.device_of(pooled_q):
-        _score(*vectors, scores, position_of, fixed, free, scale)
+        rows, columns = pooled_q.flatten(1, 2), pooled_k.flatten(1, 2)
+        scores, position_of = _score(rows, columns, always, local, slots, scale)
         select_by_parts[(blocks, groups)](
             scores, position_of, q_parts.contiguous(), k_parts.contiguous(), idx, cnt, shares,
             slots, fixed + free, fixed, keep, PARTS=parts, SLOTS=slots_pad, num_warps=parts_warps(slots_pad),
@@ -76,20 +69,21 @@ def _score(
     columns: Tensor,
     always: Tensor,
     local: Tensor,
-    scores: Tensor,
-    position_of: Tensor,
-    fixed: int,
-    free: int,
+    pages: int,
     scale: float,
-) -> None:
-    """Launch `score` for rows [G, n, D] and columns [G, m, D]: a page's vector or those of its parts side by side."""
+) -> tuple[Tensor, Tensor]:
+    """`score` of rows [G, n, D] and columns [G, m, D]: the vectors of blocks and of `pages` page slots, or of their
+    parts -> scores [G, n, m] float32, and position_of [G, pages] int32."""
     groups, count, dim = rows.shape
     width = columns.shape[1]
+    scores = torch.empty((groups, count, width), dtype=torch.float32, device=rows.device)
+    position_of = torch.empty((groups, pages), dtype=torch.int32, device=rows.device)
     grid = triton.cdiv(count, SCORE_TILE["ROWS"]) + 1, triton.cdiv(width, SCORE_TILE["SLOTS"]), groups
     score[grid](
-        rows, columns, always, local, scores, position_of, count, width, position_of.shape[1], fixed, free, scale,
-        D=dim, **SCORE_TILE, num_warps=4,
+        rows.contiguous(), columns.contiguous(), always.contiguous(), local.contiguous(), scores, position_of,
+        count, width, pages, always.shape[1], local.shape[1], scale, D=dim, **SCORE_TILE, num_warps=4,
     )  # fmt: skip
+    return scores, position_of
 
 
 def _results(
