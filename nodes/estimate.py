@@ -26,7 +26,7 @@ from ..sparse_attn.estimate import (
 )
 from ..sparse_attn.speed import chunk_seconds, layer_seconds
 from .checks import latent_frames_for, require_wan
-from .hooks import patch_model
+from .hooks import fast_options, patch_model
 from .host import inference_dtype, io
 from .report import as_image, show_text
 from .session import ATTENTION
@@ -168,7 +168,7 @@ class SparseForcingEstimate(io.ComfyNode):
         fitting = plan
         if budget_gb > 0:
             fitting = fit_budget(plan, int(budget_gb * 1e9), estimate.need)
-            model = model if fitting == plan else patch_model(model, fitting.attention)
+            model = model if fitting == plan else patch_model(model, fitting.attention, fast_options(model))
             estimate = replace(estimate, plan=fitting)
         text = "\n".join(
             [*estimate.lines(changed=fitting != plan), estimate.speed() if measure else ""]

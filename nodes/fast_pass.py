@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sparse_attn.config import Mode
-from ..sparse_attn.fast import CrossKV, FastPass
+from ..sparse_attn.fast import CrossKV, FastPass, fp8_missing
 from ..sparse_attn.fast_weights import FastModel, FastOptions
 from ..sparse_attn.state import StreamState
 from ..sparse_attn.wan import WanModel
@@ -35,12 +36,13 @@ SPARE_BYTES = 2**30  # left free beside a copy of the weights
 class HostFastPass:
     """The fast passes of one sampling run: one copy or view of the weights, a pass for every state."""
 
-    def __init__(self, network: Any, x: Tensor):
+    def __init__(self, network: Any, x: Tensor, options: FastOptions):
         weights = host_weights(network, x)
         self.device = x.device
         self.borrowed = [p for p in network.parameters() if p.device == x.device]
         # the host's weights stay as they are: a joint product for q, k and v would hold them twice
-        self.model = FastModel(WanModel.from_state_dict(weights, share=True), FastOptions(fuse_qkv=False))
+        model = WanModel.from_state_dict(weights, share=True)
+        self.model = FastModel(model, replace(options, fuse_qkv=False))
         self.passes: dict[Hashable, FastPass] = {}  # by conditioning, as the run's states are
         self.prompts: dict[Hashable, CrossKV] = {}
 
@@ -73,25 +75,34 @@ class HostFastPass:
         if not state.noisy:  # at sigma 0, where nobody reads a flow
             self.passes[key].remember(x, self.prompts[key])
             return torch.zeros_like(x)
-        # `clean` matters to options that share work between passes; none of them is in use
         return self.passes[key].at(x, timestep, self.prompts[key], clean=False)
 
 
-def fast_pass_for(executor: Any, x: Tensor, options: dict[str, Any], mode: Mode) -> HostFastPass | None:
+def fast_pass_for(
+    executor: Any, x: Tensor, options: dict[str, Any], mode: Mode, wanted: FastOptions
+) -> HostFastPass | None:
     """The fast pass for the network behind `executor`, or None where the host's layers have to do it; logged."""
-    reason = why_not_fast(executor, x, options, mode)
+    reason = why_not_fast(executor, x, options, mode, wanted)
+    shortcuts = ", ".join(wanted.approximate)
     if reason is not None:
         logger.info("Sparse Forcing runs on the host's own layers: %s.", reason)
+        if shortcuts:
+            logger.warning("Sparse Forcing takes no shortcuts (%s): they need its fast pass.", shortcuts)
         return None
-    logger.info("Sparse Forcing runs its fast pass: the model is as it was loaded.")
-    return HostFastPass(executor.class_obj, x)
+    how = f", with shortcuts ({shortcuts})" if shortcuts else ""
+    logger.info("Sparse Forcing runs its fast pass%s: the model is as it was loaded.", how)
+    return HostFastPass(executor.class_obj, x, wanted)
 
 
-def why_not_fast(executor: Any, x: Tensor, options: dict[str, Any], mode: Mode) -> str | None:
+def why_not_fast(
+    executor: Any, x: Tensor, options: dict[str, Any], mode: Mode, wanted: FastOptions
+) -> str | None:
     """Why the host's own layers have to run, or None."""
     network = executor.class_obj
     if x.device.type not in DEVICES:
         return f"on {x.device.type} they are as fast"
+    if wanted.fp8 and (reason := fp8_missing(x.device)):
+        return reason
     if executor.idx + 1 < len(executor.wrappers):
         return "another node has wrapped the model"
     host = comfy.model_management
@@ -108,6 +119,8 @@ def why_not_fast(executor: Any, x: Tensor, options: dict[str, Any], mode: Mode) 
         for p in network.parameters()
         if p.device != x.device or p.dtype != x.dtype
     )
+    if wanted.fp8:  # a copy of the blocks in 8 bits
+        missing += sum(p.numel() for p in network.blocks.parameters())
     free = host.get_free_memory(x.device)
     if missing and missing + SPARE_BYTES > free:
         need, have = f"{missing / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"

@@ -19,6 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 from torch import Tensor
 
 from ..sparse_attn.config import AttentionConfig
+from ..sparse_attn.fast_weights import FastOptions
 from .checks import require_wan
 from .fast_pass import HostFastPass, fast_pass_for
 from .host import inference_dtype, known
@@ -26,6 +27,7 @@ from .session import ATTENTION, FAST, PASS, RUN, UNDECIDED, ForwardPass, Samplin
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
+EXACT = FastOptions()
 OVERRIDE = "optimized_attention_override"  # where other nodes put an attention function of theirs
 
 
@@ -124,9 +126,8 @@ def _through_memory(network: Any, run: SamplingRun, current: ForwardPass, forwar
 def _fast_pass(run: SamplingRun, executor: Any, x: Tensor, options: dict[str, Any]) -> HostFastPass | None:
     """The run's fast pass, chosen at its first forward and given up when the host takes the weights elsewhere."""
     if run.fast is UNDECIDED:
-        run.fast = (
-            fast_pass_for(executor, x, options, run.attention.mode) if options.get(FAST, True) else None
-        )
+        wanted = options.get(FAST, EXACT)
+        run.fast = wanted and fast_pass_for(executor, x, options, run.attention.mode, wanted)
     if run.fast is not None and not run.fast.still_there():
         logger.info("The host has moved weights away; Sparse Forcing goes on with the host's own layers.")
         run.fast = None
@@ -198,10 +199,10 @@ def _reserving_shape(run: SamplingRun, model: Any, noise_shape: Any, conds: dict
     return [batch, channels, run.longest_pass + int(cache_frames), height, width]
 
 
-def patch_model(model: Any, attention: AttentionConfig, fast_pass: bool = True) -> Any:
+def patch_model(model: Any, attention: AttentionConfig, fast: FastOptions | None = EXACT) -> Any:
     """A clone of MODEL whose self-attention remembers chunks as `attention` says. ValueError unless it is Wan T2V.
 
-    fast_pass: whether `fast_pass` may take the place of the host's layers.
+    fast: how `fast_pass` computes where it takes the place of the host's layers; None: it may not.
     """
     network = require_wan(model)
     patched = model.clone()
@@ -216,8 +217,13 @@ def patch_model(model: Any, attention: AttentionConfig, fast_pass: bool = True) 
     patched.add_callback_with_key(CallbacksMP.ON_CLONE, RUN, _on_clone)
     for path in _replace_attention(patched, network):
         logger.warning("Another node had replaced %s; Sparse Forcing takes its place.", path)
-    patched.model_options["transformer_options"] |= {ATTENTION: attention, FAST: fast_pass}
+    patched.model_options["transformer_options"] |= {ATTENTION: attention, FAST: fast}
     return patched
+
+
+def fast_options(model: Any) -> FastOptions | None:
+    """What a MODEL's patch says of the fast pass, for `patch_model`."""
+    return model.model_options["transformer_options"].get(FAST, EXACT)
 
 
 def _replace_attention(model: Any, network: Any) -> list[str]:

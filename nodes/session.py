@@ -23,7 +23,7 @@ from .fast_pass import HostFastPass
 RUN = "sparse_forcing"
 PASS = "sparse_forcing_pass"
 ATTENTION = "sparse_forcing_attention"
-FAST = "sparse_forcing_fast_pass"  # whether the fast pass may serve; missing: it may
+FAST = "sparse_forcing_fast_pass"  # FastOptions of the fast pass, None where it may not serve; missing: the defaults
 FIRST_STEPS = "sparse_forcing_first_steps"  # what the loaded model wants for the opening chunk
 UNDECIDED = object()
 PATCH_TOKENS = 2  # latent values a token spans, in height and in width

@@ -52,6 +52,14 @@ class FastOptions:
         return [name for name in names if getattr(self, name)]
 
 
+# What people choose from, by name: shortcuts through the passes of a chunk. docs/speed.md has what each costs.
+SHORTCUTS = {
+    "none": FastOptions(),
+    "shared": FastOptions(router_once=True, reuse_persistent=True),
+    "shared + fp8": FastOptions(fp8=True, router_once=True, reuse_persistent=True),
+}
+
+
 class Linear8:
     """x [B, N, in] @ weight.T + bias with both in float8_e4m3fn: a scale a row of the weight, a scale a token.
 

@@ -46,6 +46,7 @@ FROZEN = {
             "page_bits",
             "router",
             "offload_pages",
+            "shortcuts",
         ],
         "outputs": ["MODEL"],
     },

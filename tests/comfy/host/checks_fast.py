@@ -15,6 +15,7 @@ from checks_common import (
     add_lora,
     apply,
     close,
+    fails,
     log_said,
     noise,
     our_sampler,
@@ -103,11 +104,12 @@ def check_host_s_layers_run_where_weights_are_not_ready():
     """Weights that the host keeps elsewhere are copied where there is room for them, not otherwise."""
     network, fast_pass = tiny_model().model.diffusion_model, pack("nodes.fast_pass")
     executor = SimpleNamespace(class_obj=network, idx=0, wrappers=[None])
+    wanted = pack("sparse_attn.fast_weights").FastOptions()
     network.head.head.weight.data = network.head.head.weight.data.double()
     with patch.object(fast_pass, "DEVICES", ("cpu",)):
         for free, reason in ((10**12, None), (10**8, "weights are not ready on cpu, and 0.1 GB are free")):
             with patch("comfy.model_management.get_free_memory", lambda device, free=free: free):
-                said = fast_pass.why_not_fast(executor, noise(3), {}, "sparse")
+                said = fast_pass.why_not_fast(executor, noise(3), {}, "sparse", wanted)
             assert said is reason is None or reason in said, said
     copied = fast_pass.host_weights(network, noise(3))["head.head.weight"]
     assert copied.dtype == torch.float32 and torch.equal(copied.double(), network.head.head.weight)
@@ -126,6 +128,27 @@ def check_weights_that_move_away_are_let_go():
     with fast_on_the_cpu(), patch.object(fast_pass.HostFastPass, "still_there", still_there):
         close(sample(model, our_sampler(3), x), want, 1e-4)
     assert len(asked) == 8  # not asked again
+
+
+def check_shortcuts_are_close_and_said():
+    """Apply's `shortcuts`: near the exact video, and in the log; where none can be taken, refused, or said."""
+    node = pack("nodes.apply").SparseForcingApply
+    exact, x = apply(tiny_model(), **MODES["sparse"]), noise(15)
+    want = sample(exact, our_sampler(3), x)
+    for name, told in (("shared", "router_once, reuse"), ("shared + fp8", "fp8, router_once, reuse")):
+        (model,) = node.execute(tiny_model(), **MODES["sparse"], shortcuts=name).args
+        with fast_on_the_cpu() as said:
+            found = sample(model, our_sampler(3), x)
+        assert f"runs its fast pass, with shortcuts ({told}" in said[0], said
+        off = (found[:, :, :3] - want[:, :, :3]).norm() / want[:, :, :3].norm()
+        assert off < (1e-4 if name == "shared" else 0.2), "the first chunk has nothing persistent"
+        off = (found - want).norm() / want.norm()
+        assert 1e-5 < off < 0.5, off
+        with log_said(logging.INFO) as said:
+            close(sample(model, our_sampler(3), x), want, 1e-4)
+        assert "takes no shortcuts" in said[1], said
+    wrong = {"fast_pass": False, "shortcuts": "shared"}
+    fails("switch fast_pass on", node.execute, tiny_model(), **MODES["sparse"], **wrong)
 
 
 def check_the_fast_pass_can_be_switched_off():
