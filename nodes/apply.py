@@ -202,9 +202,9 @@ class SparseForcingApply(io.ComfyNode):
                     default="none",
                     advanced=True,
                     tooltip=(
-                        "What the fast pass may leave out. shared: blocks are chosen once a chunk, and attention to the "
-                        "persistent memory is computed once. shared + fp8: linear layers in 8 bits, too. Up to half "
-                        "again as fast, at two to four percent of error."
+                        "What the fast pass may leave out. shared: blocks are chosen once a chunk, and attention to "
+                        "the persistent memory is computed once. shared + fp8: linear layers in 8 bits, too. Up to "
+                        "half again as fast, at two to four percent of error."
                     ),
                 ),
             ],
