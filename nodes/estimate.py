@@ -168,7 +168,9 @@ class SparseForcingEstimate(io.ComfyNode):
         fitting = plan
         if budget_gb > 0:
             fitting = fit_budget(plan, int(budget_gb * 1e9), estimate.need)
-            model = model if fitting == plan else patch_model(model, fitting.attention, fast_options(model))
+            if fitting != plan:
+                fast = fast_options(model.model_options["transformer_options"])
+                model = patch_model(model, fitting.attention, fast)
             estimate = replace(estimate, plan=fitting)
         text = "\n".join(
             [*estimate.lines(changed=fitting != plan), estimate.speed() if measure else ""]

@@ -126,7 +126,7 @@ def _through_memory(network: Any, run: SamplingRun, current: ForwardPass, forwar
 def _fast_pass(run: SamplingRun, executor: Any, x: Tensor, options: dict[str, Any]) -> HostFastPass | None:
     """The run's fast pass, chosen at its first forward and given up when the host takes the weights elsewhere."""
     if run.fast is UNDECIDED:
-        wanted = options.get(FAST, EXACT)
+        wanted = fast_options(options)
         run.fast = wanted and fast_pass_for(executor, x, options, run.attention.mode, wanted)
     if run.fast is not None and not run.fast.still_there():
         logger.info("The host has moved weights away; Sparse Forcing goes on with the host's own layers.")
@@ -221,9 +221,9 @@ def patch_model(model: Any, attention: AttentionConfig, fast: FastOptions | None
     return patched
 
 
-def fast_options(model: Any) -> FastOptions | None:
-    """What a MODEL's patch says of the fast pass, for `patch_model`."""
-    return model.model_options["transformer_options"].get(FAST, EXACT)
+def fast_options(options: dict[str, Any]) -> FastOptions | None:
+    """What a MODEL's transformer options say of the fast pass, as `patch_model` takes it."""
+    return options.get(FAST, EXACT)
 
 
 def _replace_attention(model: Any, network: Any) -> list[str]:

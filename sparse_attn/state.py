@@ -215,9 +215,8 @@ class StreamState:
 
     def _close(self) -> None:
         self.open_frames = 0  # latent frames of the open chunk, 0 between chunks
-        self.noisy = (
-            False  # whoever makes the passes may say so before one that another one follows in this chunk
-        )
+        # whoever makes the passes may say so before one that another one follows in this chunk
+        self.noisy = False
         self._attended: set[int] = set()
 
     def _attend_dense(self, cache: FrameCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

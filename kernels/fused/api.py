@@ -57,7 +57,7 @@ def norm_rope_to_pages(
     expect("v_pages", v_pages, tuple(k_pages.shape), q.device)
     expect("slots", slots, (groups, blocks), q.device)
     expect("pooled_k", pooled_k, (groups, k_pages.shape[1], *pooled_k.shape[2:-1], dim), q.device)
-    if pooled_k.dim() > 4 or rows % _parts(pooled_k):
+    if pooled_k.dim() > 4 or rows % reference.parts_of(pooled_k):
         raise ValueError(f"pooled_k of shape {list(pooled_k.shape)} does not divide the {rows} rows of a block")
     args = q, k, v, norm_q, norm_k, cos, sin, tokens, slots, k_pages, v_pages, pooled_k, eps
     if _backend(backend, "norm_rope", q, dim, rows) == "triton":
@@ -265,11 +265,6 @@ def _backend8(
 def _backend(backend: str, operation: str, x: Tensor, dim: int | None = None, rows: int | None = None) -> str:
     """PBSA's choice."""
     return backend_for(backend, operation, x.device, x.dtype, dim, rows)
-
-
-def _parts(pooled: Tensor) -> int:
-    """R of pooled vectors [G, n, R, D], 1 of [G, n, D]."""
-    return pooled.shape[2] if pooled.dim() == 4 else 1
 
 
 def _check_projections(q, k, v, norm_q, norm_k, cos, sin) -> tuple[int, int]:

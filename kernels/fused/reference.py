@@ -38,6 +38,11 @@ class Pages8(NamedTuple):
     v_scale: Tensor  # [G, S, T] float32
 
 
+def parts_of(pooled: Tensor) -> int:
+    """R of pooled vectors [G, n, R, D], 1 of [G, n, D]."""
+    return pooled.shape[2] if pooled.dim() == 4 else 1
+
+
 def norm_rope_to_pages(
     q: Tensor,
     k: Tensor,
@@ -62,14 +67,12 @@ def norm_rope_to_pages(
     v_blocks = _pack(v.unflatten(2, (-1, 2 * cos.shape[1])).to(dtype), tokens)
     at = (torch.arange(slots.shape[0], device=slots.device)[:, None], slots.long())
     k_pages[at], v_pages[at] = k_blocks, v_blocks
-    parts = pooled_k.shape[2:-1]  # () or (R,)
-    held = (tokens >= 0).view(len(tokens), *(parts or (1,)), -1).sum(-1).clamp(min=1)[..., None]  # [NB, R, 1]
+    parts = parts_of(pooled_k)
+    held = (tokens >= 0).view(len(tokens), parts, -1).sum(-1).clamp(min=1)[..., None]  # [NB, R, 1]
     pooled_q, new_pooled_k = (
-        (x.to(pooled_k.dtype).unflatten(2, (held.shape[1], -1)).sum(3) / held).unflatten(2, parts or (1,))
+        (x.to(pooled_k.dtype).unflatten(2, (parts, -1)).sum(3) / held).view(*x.shape[:2], *pooled_k.shape[2:])
         for x in (q_blocks, k_blocks)
     )
-    if not parts:
-        pooled_q, new_pooled_k = pooled_q.squeeze(2), new_pooled_k.squeeze(2)
     pooled_k[at] = new_pooled_k
     return q_blocks, pooled_q
 

@@ -198,8 +198,8 @@ def show_recall(sources: dict[str, Source], seconds: float, count: int) -> Image
     """The first `count` scenes of the recall test after an absence of `seconds`, a row for each source."""
     rows, titles = [], []
     for scene in _recall_scenes(seconds, count):
-        titles = list(world_recall.moments(scene))
-        spans = [(at, at + 1) for at in world_recall.moments(scene).values()]
+        looked_at = world_recall.moments(scene)
+        titles, spans = list(looked_at), [(at, at + 1) for at in looked_at.values()]
         for name, source in sources.items():
             rows.append((name, [frames[0].cpu().numpy() for frames in source.recalled([scene], spans)[0]]))
             log.info("%s: shown", name)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import FP8_MAX, SMALLEST, Rows8
+from ..reference import FP8_MAX, SMALLEST, Rows8, parts_of
 from .rows import to_8_bits
 
 FRAME_ROWS = 64  # tokens of a frame that one program takes
@@ -116,7 +116,7 @@ def _launch(
     page slots of a group."""
     batch, count, width = q.shape
     dim = k_store.shape[3]
-    parts = pooled_k.shape[2] if pooled_k is not None and pooled_k.dim() == 4 else 1
+    parts = 1 if pooled_k is None else parts_of(pooled_k)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     factors = torch.empty((2, batch, count), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
