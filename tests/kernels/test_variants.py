@@ -195,10 +195,10 @@ def on_a_device(monkeypatch):
     monkeypatch.setattr(variants, "interpreter_on", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(variants, "shape_of", lambda *args: shape())
-    problem = variants._small_problem
+    problem = variants.small_problem
     tiny = {"tokens": 16, "dim": 16}
     monkeypatch.setattr(
-        variants, "_small_problem", lambda call, device: problem(replace(call, **tiny), device)
+        variants, "small_problem", lambda call, device: problem(replace(call, **tiny), device)
     )
 
 
@@ -247,6 +247,6 @@ def test_while_a_graph_is_captured_nothing_is_tested(on_a_device, monkeypatch):
 
 @inside
 def test_the_self_test_passes_where_the_kernel_is_right(monkeypatch):
-    monkeypatch.setattr(variants, "_small_problem", partial(variants._small_problem, groups=1))
+    monkeypatch.setattr(variants, "small_problem", partial(variants.small_problem, groups=1))
     call = shape((0, 0), torch.float16, tokens=16, dim=16, padding="any")
     assert variants.passes_self_test(Variant("pointers", 16, 32, 4, 1), call, torch.device("cpu"))

@@ -10,6 +10,8 @@ With w = exp(s - lse) the softmax's weights, as the forward saved them in lse:
 Every sum is taken by one program in a fixed order: equal inputs give equal bits. The transposed lists are built on the
 device. Products as in `forward`; ds and w are rounded to the inputs' dtype before their products. Letters as in `api`,
 and NC: pages that want a gradient.
+
+On Hopper `overlapped_backward` computes the same for blocks of 128 with a list each, where it passes a self-test.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward import PADDING, precision, unit_rows
+from .. import reference
+from .forward import PADDING, precision, scratch, unit_rows
 from .primitives import load_rows, store_rows
+from .variants import HALVES, Shape, gluon_there, logger, shape_of, small_problem
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,14 @@ class Tile:
 
     def options(self) -> dict[str, int]:
         return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Overlapped:
+    """Instead of tiles: the kernels of `overlapped_backward`, and how many steps' tiles each holds."""
+
+    query_stages: int
+    page_stages: int
 
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, tokens: int) -> tuple[Tile, Tile]:
@@ -53,14 +65,71 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype, tokens: int) -> t
     return Tile(side, side, 4, 3), Tile(side, side, 8 if side == 64 else 4, 2)
 
 
-def backward(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, *rest):
-    """`launch` with the tiles that suit the device."""
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    return launch(tiles_for(capability, q.dtype, q.shape[2]), grad_out, grad_lse, out, lse, q, *rest)
+OVERLAPPED = Overlapped(query_stages=4, page_stages=3)
+_overlaps: dict[tuple[Shape, torch.device], bool] = {}
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor,
+    page_len: Tensor, idx: Tensor, cnt: Tensor, targets: Tensor | None, scale: float, padding: str,
+):  # fmt: skip
+    """`launch` with what suits the device."""
+    shape = shape_of(q, k_pages, v_pages, cnt, padding)
+    how = OVERLAPPED if overlaps(shape, q.device) else tiles_for(shape.capability, q.dtype, q.shape[2])
+    rest = q, k_pages, v_pages, page_len, idx, cnt, targets, scale, padding
+    return launch(how, grad_out, grad_lse, out, lse, *rest)
+
+
+def overlaps(shape: Shape, device: torch.device) -> bool:
+    """Whether the kernels of `overlapped_backward` serve a call. The first of a kind tests them, which waits for the
+    device; while a CUDA graph is captured, what was not tested is not used."""
+    if not (
+        shape.capability == (9, 0)
+        and shape.dtype in HALVES
+        and shape.tokens == 128
+        and shape.dim in (64, 128)
+        and shape.whole_pages
+        and shape.padding != "any"
+        and not shape.shared
+        and gluon_there()
+    ):
+        return False
+    if (shape, device) not in _overlaps:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _overlaps[shape, device] = passes_self_test(shape, device)
+    return _overlaps[shape, device]
+
+
+def passes_self_test(shape: Shape, device: torch.device) -> bool:
+    """Whether they compile here and agree with the pointer kernels on a small problem; logs when they do not."""
+    q, k, v, page_len, idx, cnt = small_problem(shape, device)
+    scale = shape.dim**-0.5
+    out, lse = reference.attention(q.float(), k.float(), v.float(), page_len, idx, cnt, scale)
+    grad_out, rounded = 1 - out.to(q.dtype), out.to(q.dtype)
+    targets = torch.arange(k.shape[1], dtype=torch.int32, device=device).flip(0).expand(len(q), -1)
+
+    def gradients(how: tuple[Tile, Tile] | Overlapped) -> tuple[Tensor, Tensor, Tensor]:
+        grads = grad_out, torch.ones_like(lse), rounded, lse
+        return launch(how, *grads, q, k, v, page_len, idx, cnt, targets, scale, shape.padding)
+
+    try:
+        pairs = zip(
+            gradients(OVERLAPPED), gradients(tiles_for(shape.capability, shape.dtype, shape.tokens)), strict=True
+        )
+        error = max(float((a.float() - b.float()).abs().max() / b.float().std()) for a, b in pairs)
+    except Exception as failure:  # whatever a compiler or a launch raises: the pointer kernels work
+        logger.warning("PBSA backward: overlapped is not used: %s: %s", type(failure).__name__, failure)
+        return False
+    if not error <= 0.1:  # NaN fails too; roundings are below .03, and a wrong tile is off by far more
+        logger.warning("PBSA backward: overlapped is not used: its self-test is off by %.3g", error)
+        return False
+    logger.info("PBSA backward: overlapped for %s", shape)
+    return True
 
 
 def launch(
-    tiles: tuple[Tile, Tile],
+    how: tuple[Tile, Tile] | Overlapped,
     grad_out: Tensor,
     grad_lse: Tensor,
     out: Tensor,
@@ -80,8 +149,8 @@ def launch(
     -> dq like q; dk, dv [G, NC, T, D] of the target pages (empty without targets).
     """
     groups, blocks, tokens, dim = q.shape
-    query_tile, page_tile = tiles
-    q, k_pages, v_pages = unit_rows(q), unit_rows(k_pages), unit_rows(v_pages)
+    q = q.contiguous() if isinstance(how, Overlapped) else unit_rows(q)
+    k_pages, v_pages = unit_rows(k_pages), unit_rows(v_pages)
     page_len, idx, cnt, grad_out = (x.contiguous() for x in (page_len, idx, cnt, grad_out))
     targets = None if targets is None else targets.contiguous()
     strides = (*q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3])
@@ -98,19 +167,37 @@ def launch(
             out.contiguous(), grad_out, lse.contiguous(), grad_lse.contiguous(), delta, lse_log2, lse.numel(),
             D=dim, D_PAD=common["D_PAD"], ROWS=32, num_warps=4,
         )  # fmt: skip
-        list_rows = blocks // lists * tokens  # query rows that one list serves
-        pieces = triton.cdiv(list_rows, query_tile.rows)
-        backward_queries[(lists * pieces, groups)](
-            q, k_pages, v_pages, page_len, idx, cnt, grad_out, lse_log2, delta, dq, *strides,
-            pieces, list_rows, lists, idx.shape[2], slots, *scales, **common, **query_tile.options(),
-        )  # fmt: skip
+        tensors = q, k_pages, v_pages, page_len
+        gradients = grad_out, lse_log2, delta
+        queries = *tensors, idx, cnt, *gradients, dq, *strides
+        query_sizes = lists, idx.shape[2], slots, *scales
+        if isinstance(how, Overlapped):
+            from . import overlapped_backward
+
+            triton.set_allocator(scratch)
+            constants = {"D": dim, "PADDING": common["PADDING"], "num_warps": 4}
+            overlapped_backward.queries[(lists, groups)](
+                *queries, *query_sizes, STAGES=how.query_stages, **constants
+            )
+        else:
+            query_tile, page_tile = how
+            list_rows = blocks // lists * tokens  # query rows that one list serves
+            pieces = triton.cdiv(list_rows, query_tile.rows)
+            backward_queries[(lists * pieces, groups)](
+                *queries, pieces, list_rows, *query_sizes, **common, **query_tile.options()
+            )
         if targets is None or count == 0:
             return dq, dk, dv
-        readers, reader_cnt = transpose_lists(idx, cnt, targets, blocks)
-        backward_pages[(count * (tokens // page_tile.keys), groups)](
-            q, k_pages, v_pages, page_len, targets, readers, reader_cnt, grad_out, lse_log2, delta,
-            dk, dv, *strides, count, blocks, slots, *scales, **common, **page_tile.options(),
-        )  # fmt: skip
+        pages = *tensors, targets, *transpose_lists(idx, cnt, targets, blocks), *gradients, dk, dv, *strides
+        page_sizes = count, blocks, slots, *scales
+        if isinstance(how, Overlapped):
+            overlapped_backward.pages[(count, groups)](
+                *pages, *page_sizes, STAGES=how.page_stages, **constants
+            )
+        else:
+            backward_pages[(count * (tokens // page_tile.keys), groups)](
+                *pages, *page_sizes, **common, **page_tile.options()
+            )
     return dq, dk, dv
 
 

@@ -4,9 +4,10 @@ One program a tile, the tiles of one group following one another, so that the pr
 pages from L2. Products take the inputs' dtype (float32 in full precision, no TF32) and accumulate in float32, like the
 base-2 online softmax; the weights are rounded to v's dtype before their product with v.
 
-Two kernels compute the same. `forward_pointers` runs everywhere: masked rows, any strides, pages smaller than a step.
+Three kernels compute the same. `forward_pointers` runs everywhere: masked rows, any strides, pages smaller than a step.
 `forward_descriptors` lets Hopper's copy engine fetch whole tiles, and can keep loading warps apart from computing
-ones. `variants` says which is used, with which tile.
+ones. `overlapped.forward_overlapped` also computes products under the softmax. `variants` says which is used, with
+which tile.
 
 The last wave of programs seldom fills the device: 444 tiles on 132 multiprocessors take as long as 528. So the tiles
 of that wave divide their lists among several programs each, and `merge` adds up what these found. Letters as in `api`.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -88,23 +89,35 @@ def launch(
     rows_and_parts = rows + split_tiles * (split.parts - 1) * variant.rows
     out = torch.empty((rows_and_parts, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows_and_parts,), dtype=torch.float32, device=q.device)
-    kernel, extra = forward_pointers, {}
     if described:
-        kernel, extra = forward_descriptors, {"SPECIALISE": variant.kind == "specialised"}
         triton.set_allocator(scratch)
-    sizes = {"D": dim, "D_PAD": triton.next_power_of_2(dim), "ROWS": variant.rows}
+    kernel, constants = _kernel(variant, dim, q.dtype)
     with torch.cuda.device_of(q):
         kernel[(split.whole + split_tiles * split.parts,)](
             q, k_pages, v_pages, page_len, idx, cnt, out, lse,
             *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3],
             *split, rows, tiles, list_rows, lists, idx.shape[2], k_pages.shape[1], scale * math.log2(math.e),
-            T=tokens, KEYS=variant.keys, PADDING=PADDING[padding], FLOOR=floor, PRECISION=precision(q.dtype), **sizes,
-            **extra,
-            num_warps=variant.warps, num_stages=variant.stages,
+            T=tokens, PADDING=PADDING[padding], FLOOR=floor, **constants, num_warps=variant.warps,
         )  # fmt: skip
         if split_tiles and split.parts > 1:
-            merge[(split_tiles,)](out, lse, *split, rows, tiles, list_rows, lists, **sizes, num_warps=8)
+            merge[(split_tiles,)](
+                out, lse, *split, rows, tiles, list_rows, lists,
+                D=dim, D_PAD=triton.next_power_of_2(dim), ROWS=variant.rows, num_warps=8,
+            )  # fmt: skip
     return out[:rows].view(q.shape), lse[:rows].view(q.shape[:3])
+
+
+def _kernel(variant: Variant, dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A variant's kernel, and what only this kernel is told."""
+    if variant.kind == "overlapped":
+        from .overlapped import forward_overlapped
+
+        return forward_overlapped, {"D": dim, "ROWS": variant.rows // 2, "STAGES": variant.stages}
+    constants = {"D": dim, "D_PAD": triton.next_power_of_2(dim), "ROWS": variant.rows, "KEYS": variant.keys}
+    constants |= {"PRECISION": precision(dtype), "num_stages": variant.stages}
+    if variant.kind == "pointers":
+        return forward_pointers, constants
+    return forward_descriptors, constants | {"SPECIALISE": variant.kind == "specialised"}
 
 
 def floor_of(least_tokens: int, padding: str) -> int:

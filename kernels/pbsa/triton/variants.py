@@ -8,6 +8,7 @@ specialisation returned NaN for some tile shapes) then costs speed, never correc
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Variant:
-    """kind: pointers, descriptors (the copy engine) or specialised (and loading warps apart from computing ones).
+    """kind: pointers, descriptors (the copy engine), specialised (and loading warps apart from computing ones) or
+    overlapped (and products under the softmax).
 
     rows and keys: the tile; more rows than T only where a list serves several query blocks, more keys than T reads
     several pages a step. warps, stages: of the launch. residents: programs a multiprocessor runs at a time, by which
@@ -69,6 +71,9 @@ class Variant:
         if self.kind == "pointers":
             return True
         fits = shape.dtype in HALVES and shape.dim % 8 == 0 and self.keys <= shape.tokens
+        if self.kind == "overlapped":  # steps of whole pages, two warp groups of 64 rows
+            fits = fits and shape.dim in (64, 128) and self.keys == shape.tokens and shape.capability[0] == 9
+            fits = fits and gluon_there()
         if self.kind == "specialised":  # both products are cut alike, v in one piece or two
             padded = 1 << (shape.dim - 1).bit_length()
             fits = fits and padded in (self.keys, 2 * self.keys)
@@ -85,6 +90,16 @@ class Variant:
         )
 
 
+@functools.cache
+def gluon_there() -> bool:
+    """Whether this Triton has the language that `overlapped` is written in."""
+    try:
+        from . import overlapped  # noqa: F401
+    except (ImportError, AttributeError):  # before Triton 3.5, or when Gluon, which is experimental, changes
+        return False
+    return True
+
+
 HOPPER = ((9, 0),)
 BIG_MEMORY = (
     (8, 0),
@@ -95,9 +110,11 @@ BIG_MEMORY = (
 FLOAT32 = (torch.float32,)
 
 VARIANTS = (
+    Variant("overlapped", 128, 128, 4, 2, HOPPER, tokens=(128,), residents=1),
     Variant("specialised", 128, 128, 4, 2, HOPPER, tokens=(128,), residents=1),
     Variant("descriptors", 128, 128, 8, 2, HOPPER, tokens=(128,), residents=1),
     Variant("pointers", 128, 64, 4, 3, HOPPER, tokens=(128,), residents=2),
+    Variant("overlapped", 128, 64, 4, 4, HOPPER, tokens=(64,), shared=True, residents=1),
     Variant("descriptors", 128, 64, 4, 3, HOPPER, tokens=(64,), shared=True, residents=1),
     Variant("pointers", 128, 64, 4, 3, HOPPER, shared=True, residents=2),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, tokens=(128,), residents=1),
@@ -164,7 +181,7 @@ def passes_self_test(variant: Variant, shape: Shape, device: torch.device) -> bo
     """Whether the variant compiles here and agrees with the reference on a small problem; logs when it does not."""
     from .forward import Split, launch
 
-    problem = _small_problem(shape, device)
+    problem = small_problem(shape, device)
     try:
         error = 0.0
         for split in (None, Split(5, 3)):
@@ -183,8 +200,9 @@ def passes_self_test(variant: Variant, shape: Shape, device: torch.device) -> bo
 Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k_pages, v_pages, page_len, idx, cnt
 
 
-def _small_problem(shape: Shape, device: torch.device, groups: int = 8) -> Problem:
-    """Lists of no page to all pages, an odd number of query blocks, ragged pages where the call may have some."""
+def small_problem(shape: Shape, device: torch.device, groups: int = 8) -> Problem:
+    """What self-tests compute: lists of no page to all pages, an odd number of query blocks, ragged pages where the
+    call may have some."""
     blocks, slots = 9, 9
     tokens, dim = shape.tokens, shape.dim
     draw = torch.Generator().manual_seed(0)

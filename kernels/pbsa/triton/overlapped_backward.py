@@ -1,0 +1,314 @@
+"""Backward PBSA for Hopper in Gluon: what `overlapped` is to `forward`, this is to `backward`, for blocks of 128.
+
+Two warp groups share a tile of 128 query rows (or of a page's 128 tokens) and step over keys (or query rows) by 64,
+which one warp fetches. In each step the products that lead to the next softmax are started before the previous step's
+last one, so that the tensor cores work while weights are computed. Sums run in a fixed order, as in `backward`, whose
+formulas, lists and letters these are.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .overlapped import fetch
+
+HALF = gl.constexpr(64)  # rows of a warp group, and of a step
+
+
+@gluon.jit
+def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers [count, 1], each for that many arrivals a phase."""
+    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+@gluon.jit
+def _fetch(a_rows, b_rows, row, at, phase, a_tiles, b_tiles, a_full, a_free, b_full, b_free):
+    """One step's tiles of two tensors, once both warp groups have read what is there."""
+    mbarrier.wait(a_free.index(at), phase ^ 1)
+    mbarrier.expect(a_full.index(at), a_rows.block_type.nbytes)
+    fetch(a_rows, [row, 0], a_full.index(at), a_tiles.index(at))
+    mbarrier.wait(b_free.index(at), phase ^ 1)
+    mbarrier.expect(b_full.index(at), b_rows.block_type.nbytes)
+    fetch(b_rows, [row, 0], b_full.index(at), b_tiles.index(at))
+
+
+@gluon.jit
+def _start(a_tile, b_tile, nothing):
+    """a_tile b_tile^T, started."""
+    return warpgroup_mma(a_tile, b_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _store(target, first, tile, D: gl.constexpr):
+    """Rows of a warp group, float32, to rows of `target` from `first` on."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
+    rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    gl.store(target + (rows[:, None] * D + dims[None, :]), gl.convert_layout(tile.to(target.dtype.element_ty), layout))
+
+
+# ---------------------------------------------------------------------------------------------- queries
+
+
+@gluon.jit(do_not_specialize=["num_lists", "longest", "num_slots"])
+def queries(
+    q, k, v, page_len, idx, cnt, grad_out, lse_log2, delta, dq,
+    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    num_lists, longest, num_slots, scale, scale_log2,
+    D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dQ: a program for each query block of 128 with a list of its own. q, grad_out and pages contiguous."""
+    dtype: gl.constexpr = q.dtype.element_ty
+    g = gl.program_id(1).to(gl.int64)
+    block = gl.program_id(0)
+    row_of_lists = g * num_lists + block
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], dtype)
+    rows = num_lists * (2 * HALF)
+    q_rows = tma.make_tensor_descriptor(q + g * q_g, [rows, D], [D, 1], [HALF, D], layout)
+    grad_rows = tma.make_tensor_descriptor(grad_out + g * rows * D, [rows, D], [D, 1], [HALF, D], layout)
+    keys = num_slots * (2 * HALF)
+    k_rows = tma.make_tensor_descriptor(k + g * k_g, [keys, D], [D, 1], [HALF, D], layout)
+    v_rows = tma.make_tensor_descriptor(v + g * v_g, [keys, D], [D, 1], [HALF, D], layout)
+    q_halves = gl.allocate_shared_memory(dtype, [2, HALF, D], layout)
+    grad_halves = gl.allocate_shared_memory(dtype, [2, HALF, D], layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, HALF, D], layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, HALF, D], layout)
+    own_full = _barriers(1, 1)
+    k_full, v_full = _barriers(STAGES, 1), _barriers(STAGES, 1)
+    k_free, v_free = _barriers(STAGES, 2), _barriers(STAGES, 2)
+    fence_async_shared()
+    mbarrier.expect(own_full.index(0), 4 * q_rows.block_type.nbytes)
+    for half in gl.static_range(2):
+        row = block * (2 * HALF) + half * HALF
+        fetch(q_rows, [row, 0], own_full.index(0), q_halves.index(half))
+        fetch(grad_rows, [row, 0], own_full.index(0), grad_halves.index(half))
+    pages = idx + row_of_lists * longest
+    count = gl.load(cnt + row_of_lists)
+    lens = page_len + g * num_slots
+    first = row_of_lists * (2 * HALF)
+    gl.warp_specialize(
+        [
+            (_query_rows, (q_halves.index(0), grad_halves.index(0), k_tiles, v_tiles, own_full, k_full, k_free, v_full,
+                           v_free, pages, lens, count, lse_log2, delta, dq, first, scale, scale_log2, D, PADDING,
+                           STAGES)),
+            (_query_rows, (q_halves.index(1), grad_halves.index(1), k_tiles, v_tiles, own_full, k_full, k_free, v_full,
+                           v_free, pages, lens, count, lse_log2, delta, dq, first + HALF, scale, scale_log2, D, PADDING,
+                           STAGES)),
+            (_fetch_pages, (k_rows, v_rows, k_tiles, v_tiles, k_full, k_free, v_full, v_free, pages, count, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _fetch_pages(
+    k_rows, v_rows, k_tiles, v_tiles, k_full, k_free, v_full, v_free, pages, count, STAGES: gl.constexpr
+):
+    for i in range(2 * count):
+        row = gl.load(pages + i // 2) * (2 * HALF) + i % 2 * HALF
+        _fetch(k_rows, v_rows, row, i % STAGES, i // STAGES & 1, k_tiles, v_tiles, k_full, k_free, v_full, v_free)
+
+
+@gluon.jit
+def _query_rows(
+    q_tile, grad_tile, k_tiles, v_tiles, own_full, k_full, k_free, v_full, v_free, pages, lens, count,
+    lse_log2, delta, dq, first, scale, scale_log2, D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp group's rows, from `first` on, over all groups."""
+    dtype: gl.constexpr = q_tile.dtype
+    scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    weighed: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
+    rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, scored))
+    row_lse, row_delta = gl.load(lse_log2 + rows), gl.load(delta + rows)
+    keys = gl.arange(0, HALF, layout=gl.SliceLayout(0, scored))
+    nothing = gl.zeros([HALF, HALF], gl.float32, scored)
+    acc = gl.zeros([HALF, D], gl.float32, summed)
+    mbarrier.wait(own_full.index(0), 0)
+    steps = 2 * count
+    if steps > 0:
+        mbarrier.wait(k_full.index(0), 0)
+        scores = _start(q_tile, k_tiles.index(0), nothing)
+        mbarrier.wait(v_full.index(0), 0)
+        grads = _start(grad_tile, v_tiles.index(0), nothing)
+        scores, grads = warpgroup_mma_wait(0, deps=(scores, grads))
+        mbarrier.arrive(v_free.index(0), count=1)
+        weights = _weights(scores, row_lse, keys, pages, lens, 0, scale_log2, PADDING)
+        ds = gl.convert_layout((weights * (grads - row_delta[:, None])).to(dtype), weighed)
+        for i in range(1, steps):
+            at, before = i % STAGES, (i - 1) % STAGES
+            phase = i // STAGES & 1
+            mbarrier.wait(k_full.index(at), phase)
+            scores = _start(q_tile, k_tiles.index(at), nothing)
+            mbarrier.wait(v_full.index(at), phase)
+            grads = _start(grad_tile, v_tiles.index(at), nothing)
+            acc = warpgroup_mma(ds, k_tiles.index(before), acc, is_async=True)
+            scores = warpgroup_mma_wait(2, deps=(scores,))
+            weights = _weights(scores, row_lse, keys, pages, lens, i, scale_log2, PADDING)
+            mbarrier.wait(own_full.index(0), 0)  # a branch: see overlapped._attend
+            grads = warpgroup_mma_wait(1, deps=(grads,))
+            mbarrier.arrive(v_free.index(at), count=1)
+            new_ds = weights * (grads - row_delta[:, None])
+            mbarrier.wait(own_full.index(0), 0)
+            acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
+            mbarrier.arrive(k_free.index(before), count=1)
+            ds = gl.convert_layout(new_ds.to(dtype), weighed)
+        acc = warpgroup_mma(ds, k_tiles.index((steps - 1) % STAGES), acc, is_async=True)
+        acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
+    _store(dq, first, acc * scale, D)
+
+
+@gluon.jit
+def _weights(scores, row_lse, keys, pages, lens, i, scale_log2, PADDING: gl.constexpr):
+    """The softmax's weights of step i, 0 behind the page's end."""
+    weights = gl.exp2(gl.fma(scores, scale_log2, -row_lse[:, None]))
+    if PADDING > 0:
+        left = gl.load(lens + gl.load(pages + i // 2)) - i % 2 * HALF
+        weights = gl.where((keys < left)[None, :], weights, 0.0)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------- pages
+
+
+@gluon.jit(do_not_specialize=["num_targets", "blocks", "num_slots"])
+def pages(
+    q, k, v, page_len, targets, readers, reader_cnt, grad_out, lse_log2, delta, dk, dv,
+    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    num_targets, blocks, num_slots, scale, scale_log2,
+    D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dK and dV: a program for each target page of 128 tokens. q, grad_out and pages contiguous."""
+    dtype: gl.constexpr = q.dtype.element_ty
+    g = gl.program_id(1).to(gl.int64)
+    target = g * num_targets + gl.program_id(0)
+    slot = gl.load(targets + target)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], dtype)
+    rows = blocks * (2 * HALF)
+    q_rows = tma.make_tensor_descriptor(q + g * q_g, [rows, D], [D, 1], [HALF, D], layout)
+    grad_rows = tma.make_tensor_descriptor(grad_out + g * rows * D, [rows, D], [D, 1], [HALF, D], layout)
+    keys = num_slots * (2 * HALF)
+    k_rows = tma.make_tensor_descriptor(k + g * k_g, [keys, D], [D, 1], [HALF, D], layout)
+    v_rows = tma.make_tensor_descriptor(v + g * v_g, [keys, D], [D, 1], [HALF, D], layout)
+    k_halves = gl.allocate_shared_memory(dtype, [2, HALF, D], layout)
+    v_halves = gl.allocate_shared_memory(dtype, [2, HALF, D], layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, HALF, D], layout)
+    grad_tiles = gl.allocate_shared_memory(dtype, [STAGES, HALF, D], layout)
+    own_full = _barriers(1, 1)
+    q_full, grad_full = _barriers(STAGES, 1), _barriers(STAGES, 1)
+    q_free, grad_free = _barriers(STAGES, 2), _barriers(STAGES, 2)
+    fence_async_shared()
+    mbarrier.expect(own_full.index(0), 4 * k_rows.block_type.nbytes)
+    for half in gl.static_range(2):
+        row = slot * (2 * HALF) + half * HALF
+        fetch(k_rows, [row, 0], own_full.index(0), k_halves.index(half))
+        fetch(v_rows, [row, 0], own_full.index(0), v_halves.index(half))
+    read_by = readers + target * blocks
+    count = gl.load(reader_cnt + target)
+    length = 2 * HALF
+    if PADDING > 0:
+        length = gl.load(page_len + g * num_slots + slot)
+    first_row = g * rows
+    first = target * (2 * HALF)
+    gl.warp_specialize(
+        [
+            (_page_keys, (k_halves.index(0), v_halves.index(0), q_tiles, grad_tiles, own_full, q_full, q_free,
+                          grad_full, grad_free, read_by, count, length, lse_log2 + first_row, delta + first_row, dk, dv,
+                          first, scale, scale_log2, D, PADDING, STAGES)),
+            (_page_keys, (k_halves.index(1), v_halves.index(1), q_tiles, grad_tiles, own_full, q_full, q_free,
+                          grad_full, grad_free, read_by, count, length - HALF, lse_log2 + first_row, delta + first_row,
+                          dk, dv, first + HALF, scale, scale_log2, D, PADDING, STAGES)),
+            (_fetch_readers, (q_rows, grad_rows, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free, read_by,
+                              count, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _fetch_readers(
+    q_rows, grad_rows, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free, read_by, count, STAGES: gl.constexpr
+):  # fmt: skip
+    for i in range(2 * count):
+        row = gl.load(read_by + i // 2) * (2 * HALF) + i % 2 * HALF
+        at, phase = i % STAGES, i // STAGES & 1
+        _fetch(q_rows, grad_rows, row, at, phase, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free)
+
+
+@gluon.jit
+def _page_keys(
+    k_tile, v_tile, q_tiles, grad_tiles, own_full, q_full, q_free, grad_full, grad_free, read_by, count, length,
+    lse_log2, delta, dk, dv, first, scale, scale_log2, D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp group's tokens, `length` of them held; scores stand transposed: [tokens, query rows]."""
+    dtype: gl.constexpr = k_tile.dtype
+    scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    weighed: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
+    in_step = gl.arange(0, HALF, layout=gl.SliceLayout(0, scored))
+    valid = gl.arange(0, HALF, layout=gl.SliceLayout(1, scored)) < length
+    nothing = gl.zeros([HALF, HALF], gl.float32, scored)
+    dk_acc = gl.zeros([HALF, D], gl.float32, summed)
+    dv_acc = gl.zeros([HALF, D], gl.float32, summed)
+    mbarrier.wait(own_full.index(0), 0)
+    steps = 2 * count
+    if steps > 0:
+        rows = gl.load(read_by) * (2 * HALF) + in_step
+        mbarrier.wait(q_full.index(0), 0)
+        scores = _start(k_tile, q_tiles.index(0), nothing)
+        mbarrier.wait(grad_full.index(0), 0)
+        grads = _start(v_tile, grad_tiles.index(0), nothing)
+        scores, grads = warpgroup_mma_wait(0, deps=(scores, grads))
+        weights = _weights_of(scores, lse_log2 + rows, valid, scale_log2, PADDING)
+        rounded = gl.convert_layout(weights.to(dtype), weighed)
+        dv_acc = warpgroup_mma(rounded, grad_tiles.index(0), dv_acc, is_async=True)
+        ds = gl.convert_layout((weights * (grads - gl.load(delta + rows)[None, :])).to(dtype), weighed)
+        dv_acc, rounded = warpgroup_mma_wait(0, deps=(dv_acc, rounded))
+        mbarrier.arrive(grad_free.index(0), count=1)
+        for i in range(1, steps):
+            at, before = i % STAGES, (i - 1) % STAGES
+            phase = i // STAGES & 1
+            rows = gl.load(read_by + i // 2) * (2 * HALF) + i % 2 * HALF + in_step
+            mbarrier.wait(q_full.index(at), phase)
+            scores = _start(k_tile, q_tiles.index(at), nothing)
+            mbarrier.wait(grad_full.index(at), phase)
+            grads = _start(v_tile, grad_tiles.index(at), nothing)
+            dk_acc = warpgroup_mma(ds, q_tiles.index(before), dk_acc, is_async=True)
+            scores = warpgroup_mma_wait(2, deps=(scores,))
+            weights = _weights_of(scores, lse_log2 + rows, valid, scale_log2, PADDING)
+            rounded = gl.convert_layout(weights.to(dtype), weighed)
+            dv_acc = warpgroup_mma(rounded, grad_tiles.index(at), dv_acc, is_async=True)
+            mbarrier.wait(own_full.index(0), 0)  # a branch: see overlapped._attend
+            grads = warpgroup_mma_wait(2, deps=(grads,))
+            new_ds = (weights * (grads - gl.load(delta + rows)[None, :])).to(dtype)
+            mbarrier.wait(own_full.index(0), 0)
+            dk_acc, dv_acc, ds, rounded = warpgroup_mma_wait(0, deps=(dk_acc, dv_acc, ds, rounded))
+            mbarrier.arrive(q_free.index(before), count=1)
+            mbarrier.arrive(grad_free.index(at), count=1)
+            ds = gl.convert_layout(new_ds, weighed)
+        dk_acc = warpgroup_mma(ds, q_tiles.index((steps - 1) % STAGES), dk_acc, is_async=True)
+        dk_acc, ds = warpgroup_mma_wait(0, deps=(dk_acc, ds))
+    _store(dk, first, dk_acc * scale, D)
+    _store(dv, first, dv_acc, D)
+
+
+@gluon.jit
+def _weights_of(scores, lse_log2, valid, scale_log2, PADDING: gl.constexpr):
+    """Transposed: the weights that query rows give this page's tokens."""
+    weights = gl.exp2(gl.fma(scores, scale_log2, -gl.load(lse_log2)[None, :]))
+    if PADDING > 0:
+        weights = gl.where(valid[:, None], weights, 0.0)
+    return weights
