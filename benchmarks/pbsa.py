@@ -432,6 +432,10 @@ def forward_variants(tokens: int, shared: bool) -> Iterator[tuple]:
     """(kind, rows, keys, warps, stages), the promising ones first, those known for NaN last."""
     rows = (128, 64) if tokens == 128 or shared else (64,)
     keys = (128, 64) if tokens == 128 else (64,)
+    if 128 in rows:
+        yield from (
+            ("overlapped", 128, tokens, 4, stages) for stages in ((2,) if tokens == 128 else (3, 4, 5))
+        )
     for r, k in itertools.product(rows, keys):
         if r == 128:
             yield from (("specialised", r, k, 4, stages) for stages in (2, 3))
@@ -503,22 +507,31 @@ def sweep_backward(case: Case, clock: Clock, report: Report, deadline: float) ->
     grads = torch.randn_like(out), torch.zeros_like(lse)
     rest = *grads, out, lse, case.q, case.k, case.v, case.page_len, *case.lists
     chosen = backward.tiles_for((9, 0), torch.bfloat16, case.tokens)
+    shape = import_module(f"{PACK}.kernels.pbsa.triton.variants").shape_of(
+        case.q, case.k, case.v, case.lists.cnt, "none"
+    )
+    overlapped = backward.overlaps(shape, case.q.device)
     truth = backward.launch(chosen, *rest, every, DIM**-0.5, "none")
     sizes = [rms(x) for x in truth]
     found = []
     for which, targets in (("queries", None), ("pages", every)):
+        ways = {}
+        if overlapped:
+            for held in itertools.product((4,) if which == "queries" else (4, 3, 2), (2, 3, 4)):
+                ways[f"{which} overlapped, stages {held}"] = backward.Overlapped(*held)
         for tile in backward_tiles(backward.Tile, case.tokens):
+            name = f"{which} {tile.rows}x{tile.keys} warps {tile.warps} stages {tile.stages}"
+            ways[name] = (tile, chosen[1]) if which == "queries" else (chosen[0], tile)
+        for name, how in ways.items():
             if time.monotonic() > deadline:
                 break
-            pair = (tile, chosen[1]) if which == "queries" else (chosen[0], tile)
 
-            def once(pair=pair, targets=targets) -> tuple[float, bool]:
-                results = backward.launch(pair, *rest, targets, DIM**-0.5, "none")
+            def once(how=how, targets=targets) -> tuple[float, bool]:
+                results = backward.launch(how, *rest, targets, DIM**-0.5, "none")
                 same = [rms(x - y) / size for x, y, size in zip(results, truth, sizes) if x.numel()]
-                run = lambda: backward.launch(pair, *rest, targets, DIM**-0.5, "none")  # noqa: E731
+                run = lambda: backward.launch(how, *rest, targets, DIM**-0.5, "none")  # noqa: E731
                 return clock.ms(run), all(off < 0.01 for off in same)
 
-            name = f"{which} {tile.rows}x{tile.keys} warps {tile.warps} stages {tile.stages}"
             if (done := attempt(name, once)) is not None:
                 found.append((which, *done, name))
     for which, ms, right, name in sorted(found):
@@ -543,7 +556,9 @@ def sweep_router(tokens: int, keys: int, clock: Clock, report: Report, deadline:
     found = [(clock.ms(run), "as chosen", True)]
     tiles = [
         {"ROWS": rows, "SLOTS": wide, "STEP": step, "PLACES": places}
-        for rows, wide, step, places in itertools.product((16, 32), (32, 64, 128), (32, 64, 128), (32, 64, 256))
+        for rows, wide, step, places in itertools.product(
+            (16, 32), (32, 64, 128), (32, 64, 128), (32, 64, 256)
+        )
     ]
     plan = [(tile, router.warps_for) for tile in tiles] + [
         (kept[0], lambda _, warps=warps: warps) for warps in (1, 2, 4, 8)

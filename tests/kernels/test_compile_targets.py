@@ -5,6 +5,7 @@ what `variants` and `backward` choose for bfloat16 with a head dim of 128.
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 import triton
 from sparse_forcing_pack.kernels.pbsa.triton import backward, forward, mass, router
-from sparse_forcing_pack.kernels.pbsa.triton.variants import VARIANTS, Shape, Variant
+from sparse_forcing_pack.kernels.pbsa.triton.variants import VARIANTS, Shape, Variant, gluon_there
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -41,11 +42,22 @@ SPILLED = 200  # bytes a thread: Hopper's 128x64 tile with 4 warps was measured 
 BOTH = {"T": 64, "D": 128, "D_PAD": 128, "PADDING": 1, "PRECISION": "tf32"}
 INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt", "position_of", "always", "local"}
 INTEGERS |= {"q_parts", "k_parts", "q_len"}
-FLOATS = {"mass", "lse", "lse_log2", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores", "pooled"}
+FLOATS = {
+    "mass",
+    "lse",
+    "lse_log2",
+    "delta",
+    "grad_lse",
+    "pooled_q",
+    "pooled_k",
+    "shares",
+    "scores",
+    "pooled",
+}
 HALVES = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "pages"}
 
 
-def compiled(kernel, arch: int, constants: dict, warps: int, stages: int):
+def compiled(kernel, arch: int, constants: dict, warps: int, stages: int, source=ASTSource):
     """Compile with arguments as a call has them: aligned pointers, strides that are multiples of 16, odd lengths."""
     signature, aligned = {}, {}
     for at, parameter in enumerate(kernel.params):
@@ -59,9 +71,9 @@ def compiled(kernel, arch: int, constants: dict, warps: int, stages: int):
         signature[name] = "fp32" if scale else f"*{of}" if of else "i32"
         if of or not (scale or parameter.do_not_specialize):
             aligned[(at,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    code = source(kernel, signature, constants, aligned)
+    return triton.compile(code, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def usage(binary) -> tuple[int, int]:
@@ -80,8 +92,8 @@ def usage(binary) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def check(kernel, arch: int, constants: dict, warps: int, stages: int, label: str = ""):
-    binary = compiled(kernel, arch, constants, warps, stages)
+def check(kernel, arch: int, constants: dict, warps: int, stages: int, label: str = "", source=ASTSource):
+    binary = compiled(kernel, arch, constants, warps, stages, source)
     registers, stack = usage(binary)
     shared = binary.metadata.shared
     figures = f"{registers} registers, {stack} B stack, {shared / KIB:.0f} KiB shared"
@@ -91,10 +103,11 @@ def check(kernel, arch: int, constants: dict, warps: int, stages: int, label: st
 
 
 def chosen(arch: int, tokens: int, padding: str) -> Variant:
+    """Of those that Triton's compiler puts in order: the first choice but for `overlapped`."""
     call = Shape(
         (arch // 10, arch % 10), torch.bfloat16, tokens, 128, padding, whole_pages=True, shared=False
     )
-    return next(variant for variant in VARIANTS if variant.wants(call))
+    return next(variant for variant in VARIANTS if variant.wants(call) and variant.kind != "overlapped")
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -130,6 +143,57 @@ def test_two_halves_of_v_on_hopper():
     halves = {"FLOOR": 0, "ROWS": 128, "KEYS": 64, "SPECIALISE": True}
     binary = check(forward.forward_descriptors, 90, BOTH | halves, 4, 3, "specialised 128x64")
     assert binary.asm["ttgir"].count("#ttg.nvidia_mma<") == 1
+
+
+@pytest.fixture
+def gluon():
+    """What Triton's compiler takes a Gluon kernel as, for Hopper."""
+    if not gluon_there():
+        pytest.skip("this Triton has no Gluon as the kernels need it")
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def tensor_core_order(binary) -> list[str]:
+    """Of the assembler's program: products, waits for them, and exponentials, runs of one kind as one."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kinds = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2", listing)
+    return [kind for kind, _ in itertools.groupby(kinds)]
+
+
+@pytest.mark.parametrize(("tokens", "dim", "floor"), [(128, 128, 120), (128, 64, 0), (64, 128, 56)])
+def test_overlapped_forward(gluon, tokens, dim, floor):
+    from sparse_forcing_pack.kernels.pbsa.triton import overlapped
+
+    call = Shape((9, 0), torch.bfloat16, tokens, dim, "finite", whole_pages=True, shared=tokens == 64)
+    variant = next(variant for variant in VARIANTS if variant.wants(call))
+    assert variant.kind == "overlapped"
+    constants = {"T": tokens, "D": dim, "ROWS": 64, "PADDING": 1, "FLOOR": floor, "STAGES": variant.stages}
+    label = f"{variant.name}, {tokens} tokens of {dim}"
+    binary = check(overlapped.forward_overlapped, 90, constants, 4, 1, label, gluon)
+    # The loop: the next scores and the last weights' product started, then a wait, then exponentials, then a wait.
+    # What the assembler must not do is wait for the product before the exponentials.
+    order = tensor_core_order(binary)
+    loop = ["HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2", "WARPGROUP.DEPBAR", "HGMMA"]
+    assert any(order[at : at + len(loop)] == loop for at in range(len(order))), order
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_overlapped_backward(gluon, dim, padding):
+    from sparse_forcing_pack.kernels.pbsa.triton import overlapped_backward
+
+    stages = backward.OVERLAPPED.query_stages, backward.OVERLAPPED.page_stages
+    kernels = overlapped_backward.queries, overlapped_backward.pages
+    for kernel, held in zip(kernels, stages):
+        constants = {"D": dim, "PADDING": padding, "STAGES": held}
+        check(kernel, 90, constants, 4, 1, f"overlapped gradients of {kernel.__name__}, {dim}", gluon)
 
 
 @pytest.mark.parametrize("arch", TARGETS)

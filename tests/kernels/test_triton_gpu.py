@@ -129,11 +129,47 @@ def test_the_first_choice_is_right_here(tokens, padding, shared):
     assert variants.choose_variant(*args) == wanted[0]
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="for Hopper's tensor cores",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("padding", ["finite", "none"])
+def test_overlapped_gradients(padding, dim, dtype):
+    """Long ragged lists, some empty; pages that nobody reads: as by pointers, and the same bits twice."""
+    from sparse_forcing_pack.kernels.pbsa.triton import backward, forward, variants
+
+    p = make_problem(blocks=11, slots=40, tokens=128, dim=dim, longest=33, groups=3).promising(padding)
+    p = p.to(dtype).to("cuda")
+    shape = variants.shape_of(p.q, p.k_pages, p.v_pages, p.lists.cnt, padding)
+    assert backward.overlaps(shape, p.q.device)
+    tables, scale = (p.page_len, *p.lists), dim**-0.5
+    variant = next(variant for variant in variants.VARIANTS if variant.wants(shape))
+    out, lse = forward.launch(variant, p.q, p.k_pages, p.v_pages, *tables, scale, padding)
+    targets = torch.arange(40, dtype=torch.int32, device="cuda").flip(0)[:37].expand(3, -1)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+
+    def gradients(how):
+        return backward.launch(
+            how, *grads, out, lse, p.q, p.k_pages, p.v_pages, *tables, targets, scale, padding
+        )
+
+    found, again = gradients(backward.OVERLAPPED), gradients(backward.OVERLAPPED)
+    for ours, twice, theirs in zip(found, again, gradients(backward.tiles_for((9, 0), dtype, 128))):
+        assert torch.equal(ours, twice)
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.std()))
+
+
 def test_growing_lengths_do_not_compile_anew():
-    from sparse_forcing_pack.kernels.pbsa.triton import forward
+    from sparse_forcing_pack.kernels.pbsa.triton import forward, variants
 
     def compiled() -> int:
-        kernels = forward.forward_pointers, forward.forward_descriptors
+        kernels = [forward.forward_pointers, forward.forward_descriptors]
+        if variants.gluon_there():
+            from sparse_forcing_pack.kernels.pbsa.triton import overlapped
+
+            kernels.append(overlapped.forward_overlapped)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     for blocks, slots in ((4, 9), (6, 10)):  # warms up lists a block, for lengths that are and are not round
@@ -164,7 +200,9 @@ def test_router_at_full_size(slots):
 
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_mass_in_bfloat16(tokens):
-    problem = make_problem(blocks=6, slots=20, tokens=tokens, dim=128, longest=12).to(torch.bfloat16).to("cuda")
+    problem = (
+        make_problem(blocks=6, slots=20, tokens=tokens, dim=128, longest=12).to(torch.bfloat16).to("cuda")
+    )
     _, lse = problem.run("triton")
     facts = problem.q, problem.k_pages, problem.page_len, problem.lists, lse
     found, expected = (attention_mass(*facts, backend=name) for name in ("triton", "reference"))

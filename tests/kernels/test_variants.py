@@ -156,21 +156,32 @@ def shape(
 @pytest.mark.parametrize(
     ("call", "kind"),
     [
-        (shape(), "specialised"),
+        (shape(), "overlapped"),
         (shape(padding="any"), "pointers"),  # the copy engine would bring NaN along
         (shape(whole=False), "pointers"),
         (shape(capability=(8, 0)), "pointers"),
         (shape(capability=(12, 0)), "pointers"),
         (shape(tokens=64), "descriptors"),  # specialised tiles of 64 rows or keys gave NaN
         (shape(tokens=64, padding="any"), "pointers"),
-        (shape(tokens=64, shared=True), "descriptors"),
+        (shape(tokens=64, shared=True), "overlapped"),
         (shape(tokens=64, shared=True, padding="any"), "pointers"),
-        (shape(dim=64), "descriptors"),
+        (shape(dim=64), "overlapped"),
+        (shape(dim=96), "specialised"),  # whole powers of two alone
         (shape(dtype=torch.float32), "pointers"),
     ],
 )
 def test_first_choice(call, kind):
     assert next(variant for variant in VARIANTS if variant.wants(call)).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"), [(shape(), "specialised"), (shape(tokens=64, shared=True), "descriptors")]
+)
+def test_first_choice_where_triton_lacks_gluon(call, kind, monkeypatch):
+    for room in (variants, backward):
+        monkeypatch.setattr(room, "gluon_there", lambda: False)
+    assert next(variant for variant in VARIANTS if variant.wants(call)).kind == kind
+    assert not backward.overlaps(call, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
@@ -213,12 +224,12 @@ def test_a_variant_that_gives_nan_or_wrong_numbers_or_fails_is_not_chosen(on_a_d
     def launch(variant, q, k, v, page_len, idx, cnt, scale, padding, floor, split):
         if variant not in asked:
             asked.append(variant)
-        if variant.kind == "specialised":
+        if variant.kind == "overlapped":
             return torch.full_like(q, float("nan")), torch.zeros(q.shape[:3])
         if variant.kind == "descriptors":
             raise RuntimeError("out of resources")
         out, lse = reference.attention(q.float(), k.float(), v.float(), page_len, idx, cnt, scale)
-        wrong = variant is VARIANTS[2]
+        wrong = variant is VARIANTS[1]
         return (out + 0.5 * wrong).to(q.dtype), lse
 
     asked = []
@@ -227,8 +238,8 @@ def test_a_variant_that_gives_nan_or_wrong_numbers_or_fails_is_not_chosen(on_a_d
         chosen = choose()
     assert chosen.kind == "pointers" and asked[:3] == list(VARIANTS[:3]) and chosen is asked[3]
     reasons = [record.getMessage().split("is not used: ")[1] for record in caplog.records]
-    assert reasons[:2] == ["its self-test is off by nan", "RuntimeError: out of resources"]
-    assert len(reasons) == 3 and reasons[2].startswith("its self-test is off by 1.0")
+    assert reasons[::2] == ["its self-test is off by nan", "RuntimeError: out of resources"]
+    assert len(reasons) == 3 and reasons[1].startswith("its self-test is off by 1.0")
     tests = len(asked)
     assert choose() is chosen and len(asked) == tests  # once a process
 
@@ -243,6 +254,59 @@ def test_while_a_graph_is_captured_nothing_is_tested(on_a_device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(variants, "passes_self_test", lambda *args: pytest.fail("tested"))
     assert choose().kind == "pointers" and not variants._chosen
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Self-tests of the backward pass on problems that a CPU computes at once."""
+    problem = variants.small_problem
+    tiny = {"tokens": 16, "dim": 16}
+    monkeypatch.setattr(
+        backward, "small_problem", lambda call, device: problem(replace(call, **tiny), device, groups=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("off", "used"), [(0.0, True), (0.3, False), (float("nan"), False), (RuntimeError("no room"), False)]
+)
+def test_overlapped_gradients_are_trusted_after_a_test_and_tested_once(small, monkeypatch, caplog, off, used):
+    def launch(how, grad_out, grad_lse, out, lse, q, k, v, *rest):
+        asked.append(how)
+        if isinstance(how, backward.Overlapped) and isinstance(off, Exception):
+            raise off
+        draw = torch.Generator().manual_seed(0)
+        gradients = [torch.randn(x.shape, generator=draw) for x in (q, k, v)]
+        return [x + off * isinstance(how, backward.Overlapped) for x in gradients] if off else gradients
+
+    asked: list = []
+    monkeypatch.setattr(backward, "launch", launch)
+    monkeypatch.setattr(backward, "_overlaps", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with caplog.at_level(logging.INFO, logger="sparse_forcing.kernels"):
+        assert backward.overlaps(shape(), torch.device("cpu")) == used
+    assert asked and ("is not used" in caplog.text) != used
+    tests = len(asked)
+    assert backward.overlaps(shape(), torch.device("cpu")) == used and len(asked) == tests
+
+
+def test_overlapped_gradients_are_not_tested_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(backward, "_overlaps", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(backward, "passes_self_test", lambda *args: pytest.fail("tested"))
+    assert not backward.overlaps(shape(), torch.device("cpu")) and not backward._overlaps
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(shape(capability=other) for other in ((8, 0), (10, 0), (12, 0))),
+        *(shape(tokens=64), shape(dim=96), shape(padding="any"), shape(whole=False), shape(shared=True)),
+        shape(dtype=torch.float32),
+    ],
+)
+def test_what_overlapped_gradients_are_not_for(call, monkeypatch):
+    monkeypatch.setattr(backward, "passes_self_test", lambda *args: pytest.fail("tested"))
+    assert not backward.overlaps(call, torch.device("cuda"))
 
 
 @inside

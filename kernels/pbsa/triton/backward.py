@@ -115,7 +115,9 @@ def passes_self_test(shape: Shape, device: torch.device) -> bool:
 
     try:
         pairs = zip(
-            gradients(OVERLAPPED), gradients(tiles_for(shape.capability, shape.dtype, shape.tokens)), strict=True
+            gradients(OVERLAPPED),
+            gradients(tiles_for(shape.capability, shape.dtype, shape.tokens)),
+            strict=True,
         )
         error = max(float((a.float() - b.float()).abs().max() / b.float().std()) for a, b in pairs)
     except Exception as failure:  # whatever a compiler or a launch raises: the pointer kernels work
@@ -212,14 +214,33 @@ def transpose_lists(idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int) -> t
     reader_cnt = torch.empty((groups, count), dtype=torch.int32, device=idx.device)
     with torch.cuda.device_of(idx):
         find_readers[(count, groups)](
-            idx, cnt, targets, readers, reader_cnt, lists, longest, blocks // lists, LISTS=64, STEP=32, num_warps=4
+            idx,
+            cnt,
+            targets,
+            readers,
+            reader_cnt,
+            lists,
+            longest,
+            blocks // lists,
+            LISTS=64,
+            STEP=32,
+            num_warps=4,
         )
     return readers, reader_cnt
 
 
 @triton.jit(do_not_specialize=["num_lists", "longest", "shared_by"])
 def find_readers(
-    idx, cnt, targets, readers, reader_cnt, num_lists, longest, shared_by, LISTS: tl.constexpr, STEP: tl.constexpr
+    idx,
+    cnt,
+    targets,
+    readers,
+    reader_cnt,
+    num_lists,
+    longest,
+    shared_by,
+    LISTS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """One target page: LISTS lists at a time are searched for it, STEP entries at a time."""
     g = tl.program_id(1).to(tl.int64)

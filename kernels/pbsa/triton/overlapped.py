@@ -55,9 +55,7 @@ def forward_overlapped(
 
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     page_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, D], dtype)
-    q_rows = tma.make_tensor_descriptor(
-        q + g * q_g, [num_lists * list_rows, D], [D, 1], [ROWS, D], q_layout
-    )
+    q_rows = tma.make_tensor_descriptor(q + g * q_g, [num_lists * list_rows, D], [D, 1], [ROWS, D], q_layout)
     k_rows = tma.make_tensor_descriptor(k + g * k_g, [num_slots * T, D], [D, 1], [T, D], page_layout)
     v_rows = tma.make_tensor_descriptor(v + g * v_g, [num_slots * T, D], [D, 1], [T, D], page_layout)
     q_halves = gl.allocate_shared_memory(dtype, [2, ROWS, D], q_layout)
@@ -136,7 +134,9 @@ def _attend(
     if count > 0:
         length = gl.load(lens + gl.load(pages))
         mbarrier.wait(k_full.index(0), 0)
-        scores = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma(
+            q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_free.index(0), count=1)
         scores = _mask(scores, tokens, length, PADDING, FLOOR)
@@ -147,7 +147,9 @@ def _attend(
         for i in range(1, count):
             at, before = i % STAGES, (i - 1) % STAGES
             mbarrier.wait(k_full.index(at), i // STAGES & 1)
-            scores = warpgroup_mma(q_tile, k_tiles.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            scores = warpgroup_mma(
+                q_tile, k_tiles.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True
+            )
             acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
             next_length = gl.load(lens + gl.load(pages + gl.minimum(i + 1, count - 1)))
             scores = warpgroup_mma_wait(1, deps=(scores,))

@@ -55,7 +55,10 @@ def _store(target, first, tile, D: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
     rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    gl.store(target + (rows[:, None] * D + dims[None, :]), gl.convert_layout(tile.to(target.dtype.element_ty), layout))
+    gl.store(
+        target + (rows[:, None] * D + dims[None, :]),
+        gl.convert_layout(tile.to(target.dtype.element_ty), layout),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- queries
@@ -118,7 +121,9 @@ def _fetch_pages(
 ):
     for i in range(2 * count):
         row = gl.load(pages + i // 2) * (2 * HALF) + i % 2 * HALF
-        _fetch(k_rows, v_rows, row, i % STAGES, i // STAGES & 1, k_tiles, v_tiles, k_full, k_free, v_full, v_free)
+        _fetch(
+            k_rows, v_rows, row, i % STAGES, i // STAGES & 1, k_tiles, v_tiles, k_full, k_free, v_full, v_free
+        )
 
 
 @gluon.jit
