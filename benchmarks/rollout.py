@@ -73,6 +73,7 @@ PROMPT = "a large red circle bouncing and a small white star standing still over
 IDEAL_FLOPS = 790e12  # a large bfloat16 product on one H200
 AGREES = 0.05  # relative error of the first pass against the reference; bfloat16 alone is about 0.01
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace that keep the device busy
+BESIDE = ("copies", "decode")  # parts that may run beside the others: copies over the bus, and decoding
 PARTS = {
     "linear": (52, 120, 200),
     "attention": (214, 69, 65),
@@ -80,6 +81,7 @@ PARTS = {
     "element-wise": (90, 170, 90),
     "other": (180, 180, 180),
     "idle": (230, 230, 230),
+    "copies": (120, 190, 190),
     "decode": (220, 190, 120),
 }
 
@@ -344,7 +346,8 @@ class FullSize:
         chunk()
         events = trace(chunk, self.device)
         times = attribute(events)
-        return times | {"idle": max(0.0, p50 - sum(times.values()))}, longest_kernels(events)
+        busy = sum(ms for part, ms in times.items() if part not in BESIDE)
+        return times | {"idle": max(0.0, p50 - busy)}, longest_kernels(events)
 
     def measure_decode(self, modes: dict) -> None:
         """Decoding one chunk after another by itself, and beside the making of the next one, with random weights."""
@@ -625,6 +628,9 @@ def attribute(events: list[dict]) -> dict[str, float]:
     for event in events:
         if event.get("cat") not in KERNELS:
             continue
+        if "HtoD" in event["name"] or "DtoH" in event["name"]:
+            times["copies"] += event["dur"] / 1000
+            continue
         launched = launches.get(event.get("args", {}).get("correlation"))
         at = -1 if launched is None else bisect_right(starts, launched) - 1
         inside = at >= 0 and launched <= ranges[at][1]
@@ -685,7 +691,8 @@ def plot_split(modes: dict[str, dict], out: Path, size: tuple[int, int] = (900, 
     draw = ImageDraw.Draw(image)
     left, top, bottom = 60, 40, size[1] - 50
     highest = 1.1 * max(
-        facts["steady"]["p50_ms"] + facts.get("split_ms", {}).get("decode", 0) for facts in modes.values()
+        facts["steady"]["p50_ms"] + sum(facts.get("split_ms", {}).get(part, 0) for part in BESIDE)
+        for facts in modes.values()
     )
     step = (size[0] - left - 20) / len(modes)
     for mark in range(6):
@@ -693,14 +700,14 @@ def plot_split(modes: dict[str, dict], out: Path, size: tuple[int, int] = (900, 
         draw.text((8, y - 6), f"{highest * mark / 5:.0f} ms", fill="black")
         draw.line((left, y, size[0] - 20, y), fill=(235, 235, 235))
     for place, (part, colour) in enumerate(PARTS.items()):
-        draw.rectangle((left + 118 * place, 10, left + 118 * place + 12, 22), fill=colour)
-        draw.text((left + 118 * place + 18, 10), part, fill="black")
+        draw.rectangle((left + 102 * place, 10, left + 102 * place + 12, 22), fill=colour)
+        draw.text((left + 102 * place + 18, 10), part, fill="black")
     for place, (mode, facts) in enumerate(modes.items()):
         x, y = left + step * place + step * 0.2, float(bottom)
         parts = facts.get("split_ms") or {"other": facts["steady"]["p50_ms"]}
         for part, colour in PARTS.items():
-            height = (bottom - top) * parts.get(part, 0.0) / highest
-            draw.rectangle((x, max(top, y - height), x + step * 0.6, y), fill=colour)
+            height = min(y - top, (bottom - top) * parts.get(part, 0.0) / highest)
+            draw.rectangle((x, y - height, x + step * 0.6, y), fill=colour)
             y -= height
         draw.text((x, bottom + 6), mode, fill="black")
         draw.text((x, bottom + 22), f"{facts['steady']['fps']:.1f} FPS", fill="black")

@@ -133,6 +133,7 @@ def _attend(
     mbarrier.wait(q_full, 0)
     if count > 0:
         length = gl.load(lens + gl.load(pages))
+        slot = gl.load(pages + gl.minimum(1, count - 1))  # of the next page; its length is read in the step before
         mbarrier.wait(k_full.index(0), 0)
         scores = warpgroup_mma(
             q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
@@ -142,7 +143,8 @@ def _attend(
         scores = _mask(scores, tokens, length, PADDING, FLOOR)
         weights, factor, top, mass = _softmax(scores, top, mass, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), weighed)
-        length = gl.load(lens + gl.load(pages + gl.minimum(1, count - 1)))
+        length = gl.load(lens + slot)
+        slot = gl.load(pages + gl.minimum(2, count - 1))
         mbarrier.wait(v_full.index(0), 0)
         for i in range(1, count):
             at, before = i % STAGES, (i - 1) % STAGES
@@ -151,7 +153,8 @@ def _attend(
                 q_tile, k_tiles.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
-            next_length = gl.load(lens + gl.load(pages + gl.minimum(i + 1, count - 1)))
+            next_length = gl.load(lens + slot)
+            slot = gl.load(pages + gl.minimum(i + 2, count - 1))
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(k_free.index(at), count=1)
             scores = _mask(scores, tokens, length, PADDING, FLOOR)
