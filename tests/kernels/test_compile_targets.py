@@ -167,14 +167,24 @@ def tensor_core_order(binary) -> list[str]:
     return [kind for kind, _ in itertools.groupby(kinds)]
 
 
-@pytest.mark.parametrize(("tokens", "dim", "floor"), [(128, 128, 120), (128, 64, 0), (64, 128, 56)])
-def test_overlapped_forward(gluon, tokens, dim, floor):
+@pytest.mark.parametrize(
+    ("tokens", "dim", "floor", "shared"),
+    [
+        (128, 128, 120, False),
+        (128, 64, 0, False),
+        (64, 128, 56, True),
+        (64, 128, 56, False),
+        (64, 64, 0, False),
+    ],
+)
+def test_overlapped_forward(gluon, tokens, dim, floor, shared):
     from sparse_forcing_pack.kernels.pbsa.triton import overlapped
 
-    call = Shape((9, 0), torch.bfloat16, tokens, dim, "finite", whole_pages=True, shared=tokens == 64)
+    call = Shape((9, 0), torch.bfloat16, tokens, dim, "finite", whole_pages=True, shared=shared)
     variant = next(variant for variant in VARIANTS if variant.wants(call))
     assert variant.kind == "overlapped"
-    constants = {"T": tokens, "D": dim, "ROWS": 64, "PADDING": 1, "FLOOR": floor, "STAGES": variant.stages}
+    constants = {"T": tokens, "D": dim, "PADDING": 1, "FLOOR": floor, "STAGES": variant.stages}
+    constants["SHARED"] = variant.rows == 128
     label = f"{variant.name}, {tokens} tokens of {dim}"
     binary = check(overlapped.forward_overlapped, 90, constants, 4, 1, label, gluon)
     # The loop: the next scores and the last weights' product started, then a wait, then exponentials, then a wait.

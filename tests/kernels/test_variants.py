@@ -161,7 +161,7 @@ def shape(
         (shape(whole=False), "pointers"),
         (shape(capability=(8, 0)), "pointers"),
         (shape(capability=(12, 0)), "pointers"),
-        (shape(tokens=64), "descriptors"),  # specialised tiles of 64 rows or keys gave NaN
+        (shape(tokens=64), "overlapped"),
         (shape(tokens=64, padding="any"), "pointers"),
         (shape(tokens=64, shared=True), "overlapped"),
         (shape(tokens=64, shared=True, padding="any"), "pointers"),

@@ -91,9 +91,10 @@ def launch(
     lse = torch.empty((rows_and_parts,), dtype=torch.float32, device=q.device)
     if described:
         triton.set_allocator(scratch)
-    kernel, constants = _kernel(variant, dim, q.dtype)
+    programs = split.whole + split_tiles * split.parts
+    kernel, grid, constants = _kernel(variant, programs, dim, q.dtype)
     with torch.cuda.device_of(q):
-        kernel[(split.whole + split_tiles * split.parts,)](
+        kernel[(grid,)](
             q, k_pages, v_pages, page_len, idx, cnt, out, lse,
             *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3],
             *split, rows, tiles, list_rows, lists, idx.shape[2], k_pages.shape[1], scale * math.log2(math.e),
@@ -107,17 +108,20 @@ def launch(
     return out[:rows].view(q.shape), lse[:rows].view(q.shape[:3])
 
 
-def _kernel(variant: Variant, dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A variant's kernel, and what only this kernel is told."""
+def _kernel(variant: Variant, programs: int, dim: int, dtype: torch.dtype) -> tuple[Any, int, dict[str, Any]]:
+    """A variant's kernel, how many of it run for that many tiles and parts of tiles, and what only it is told."""
     if variant.kind == "overlapped":
         from .overlapped import forward_overlapped
 
-        return forward_overlapped, {"D": dim, "ROWS": variant.rows // 2, "STAGES": variant.stages}
+        shared = variant.rows == 128
+        constants = {"D": dim, "SHARED": shared, "STAGES": variant.stages, "programs": programs}
+        return forward_overlapped, programs if shared else triton.cdiv(programs, 2), constants
     constants = {"D": dim, "D_PAD": triton.next_power_of_2(dim), "ROWS": variant.rows, "KEYS": variant.keys}
-    constants |= {"PRECISION": precision(dtype), "num_stages": variant.stages}
+    constants["num_stages"] = variant.stages
     if variant.kind == "pointers":
-        return forward_pointers, constants
-    return forward_descriptors, constants | {"SPECIALISE": variant.kind == "specialised"}
+        return forward_pointers, programs, constants | {"PRECISION": precision(dtype)}
+    told = {"PRECISION": precision(dtype), "SPECIALISE": variant.kind == "specialised"}
+    return forward_descriptors, programs, constants | told
 
 
 def floor_of(least_tokens: int, padding: str) -> int:

@@ -22,24 +22,74 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
+HALF = gl.constexpr(64)  # query rows of a warp group
 RUN_TIME = ["whole", "parts", "num_rows", "tiles", "list_rows", "num_lists", "longest", "num_slots"]
 
 
-@gluon.jit(do_not_specialize=RUN_TIME)
+@gluon.jit(do_not_specialize=[*RUN_TIME, "programs"])
 def forward_overlapped(
     q, k, v, page_len, idx, cnt, out, lse,
     q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
-    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2,
-    T: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, PADDING: gl.constexpr, FLOOR: gl.constexpr,
+    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2, programs,
+    T: gl.constexpr, D: gl.constexpr, PADDING: gl.constexpr, FLOOR: gl.constexpr, SHARED: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Needs what `forward_descriptors` needs, a list of 2 * ROWS query rows or more, and D a power of two.
+    """Needs what `forward_descriptors` needs, and D a power of two.
 
-    ROWS: of a warp group, half of the tile's. STAGES: pages of k, and of v, that are there or on their way.
+    SHARED: a program is a tile of 128 query rows that share a list. Else it is two of `programs` tiles of 64, and each
+    warp group has a list and pages of its own. STAGES: pages of k, and of v, that are there or on their way, of a list.
     """
-    dtype: gl.constexpr = q.dtype.element_ty
-    # as in forward._locate and _own_pages, for whole tiles of 2 * ROWS rows
-    program = gl.program_id(0)
+    tables = page_len, idx, cnt
+    sizes = whole, parts, programs, num_rows, tiles, list_rows, num_lists, longest, num_slots
+    tensors = q, k, v, q_g, k_g, v_g, num_lists * list_rows, num_slots * T
+    results = out, lse, scale_log2
+    if SHARED:
+        own = _locate(gl.program_id(0), tables, sizes, 2 * HALF)
+        rows = _describe(tensors, own, T, D)
+        ring = _ring(rows, 2, T, D, STAGES)
+        q_tiles, q_full = _queries(rows, 2, D)
+        fence_async_shared()
+        _fetch_queries(rows, own, q_tiles, q_full, 2)
+        gl.warp_specialize(
+            [
+                (_attend, (0, own, q_tiles.index(0), q_full, ring, results, T, D, PADDING, FLOOR, STAGES)),
+                (_attend, (HALF, own, q_tiles.index(1), q_full, ring, results, T, D, PADDING, FLOOR, STAGES)),
+                (_fetch_pages, (rows, own, ring, T, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        own = _locate(2 * gl.program_id(0), tables, sizes, HALF)
+        other = _locate(2 * gl.program_id(0) + 1, tables, sizes, HALF)
+        rows, other_rows = _describe(tensors, own, T, D), _describe(tensors, other, T, D)
+        ring, other_ring = _ring(rows, 1, T, D, STAGES), _ring(rows, 1, T, D, STAGES)
+        q_tiles, q_full = _queries(rows, 1, D)
+        other_q_tiles, other_q_full = _queries(rows, 1, D)
+        fence_async_shared()
+        _fetch_queries(rows, own, q_tiles, q_full, 1)
+        _fetch_queries(other_rows, other, other_q_tiles, other_q_full, 1)
+        gl.warp_specialize(
+            [
+                (_attend, (0, own, q_tiles.index(0), q_full, ring, results, T, D, PADDING, FLOOR, STAGES)),
+                (_attend, (0, other, other_q_tiles.index(0), other_q_full, other_ring, results, T, D, PADDING, FLOOR,
+                           STAGES)),
+                (_fetch_pages, (rows, own, ring, T, STAGES)),
+                (_fetch_pages, (other_rows, other, other_ring, T, STAGES)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )  # fmt: skip
+
+
+@gluon.jit
+def _locate(program, tables, sizes, TILE: gl.constexpr):
+    """Of one tile, as `forward._locate`, `_own_pages` and `_own_rows` have it: group, first row within the group, first
+    row to be written, how many of them, where its pages' slots are and the lengths of pages, how many it reads."""
+    page_len, idx, cnt = tables
+    whole, parts, programs, num_rows, tiles, list_rows, num_lists, longest, num_slots = sizes
+    there = program < programs  # the last program may have one tile instead of two
+    program = gl.minimum(program, programs - 1)
     after = gl.maximum(program - whole, 0)
     alone = program < whole
     tile = gl.where(alone, program, whole + after // parts)
@@ -47,60 +97,70 @@ def forward_overlapped(
     share = gl.where(alone, 1, parts)
     g = (tile // (num_lists * tiles)).to(gl.int64)
     which = tile // tiles % num_lists
-    first = tile % tiles * (2 * ROWS)
-    listed = gl.load(cnt + g * num_lists + which)
+    in_list = tile % tiles * TILE
+    row_of_lists = g * num_lists + which
+    listed = gl.load(cnt + row_of_lists)
     begin = listed * part // share
-    pages = idx + (g * num_lists + which) * longest + begin
-    count = listed * (part + 1) // share - begin
-
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
-    page_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, D], dtype)
-    q_rows = tma.make_tensor_descriptor(q + g * q_g, [num_lists * list_rows, D], [D, 1], [ROWS, D], q_layout)
-    k_rows = tma.make_tensor_descriptor(k + g * k_g, [num_slots * T, D], [D, 1], [T, D], page_layout)
-    v_rows = tma.make_tensor_descriptor(v + g * v_g, [num_slots * T, D], [D, 1], [T, D], page_layout)
-    q_halves = gl.allocate_shared_memory(dtype, [2, ROWS, D], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, T, D], page_layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, T, D], page_layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)  # both warp groups have read it
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=2)
-    fence_async_shared()
-    mbarrier.expect(q_full, 2 * q_rows.block_type.nbytes)
-    fetch(q_rows, [which * list_rows + first, 0], q_full, q_halves.index(0))
-    fetch(q_rows, [which * list_rows + first + ROWS, 0], q_full, q_halves.index(1))
-
-    row = g * num_lists * list_rows + which * list_rows + first
-    behind = num_rows + ((tile - whole).to(gl.int64) * (parts - 1) + part - 1) * (2 * ROWS)
-    row = gl.where(part > 0, behind, row)
-    keep = list_rows - first
-    lens = page_len + g * num_slots
-    gl.warp_specialize(
-        [
-            (_attend, (q_halves.index(0), k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, pages, lens, count,
-                       scale_log2, out, lse, row, keep, T, D, ROWS, STAGES, PADDING, FLOOR)),
-            (_attend, (q_halves.index(1), k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, pages, lens, count,
-                       scale_log2, out, lse, row + ROWS, keep - ROWS, T, D, ROWS, STAGES, PADDING, FLOOR)),
-            (_fetch_pages, (k_rows, v_rows, k_tiles, v_tiles, k_full, k_free, v_full, v_free, pages, count, T, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    count = gl.where(there, listed * (part + 1) // share - begin, 0)
+    behind = num_rows + ((tile - whole).to(gl.int64) * (parts - 1) + part - 1) * TILE
+    row = gl.where(part > 0, behind, row_of_lists * list_rows + in_list)
+    keep = gl.where(there, list_rows - in_list, 0)
+    first = which * list_rows + in_list
+    return g, first, row, keep, idx + row_of_lists * longest + begin, page_len + g * num_slots, count
 
 
 @gluon.jit
-def _fetch_pages(
-    k_rows, v_rows, k_tiles, v_tiles, k_full, k_free, v_full, v_free, pages, count,
-    T: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The loading warp. A stage's first use waits for nobody: phase 1 of a new barrier counts as over."""
+def _describe(tensors, own, T: gl.constexpr, D: gl.constexpr):
+    """The copy engine's view of a group's q, k and v: half a tile of query rows, whole pages."""
+    q, k, v, q_g, k_g, v_g, queries, keys = tensors
+    g = own[0]
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], q.dtype.element_ty)
+    page: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, D], q.dtype.element_ty)
+    return (
+        tma.make_tensor_descriptor(q + g * q_g, [queries, D], [D, 1], [HALF, D], half),
+        tma.make_tensor_descriptor(k + g * k_g, [keys, D], [D, 1], [T, D], page),
+        tma.make_tensor_descriptor(v + g * v_g, [keys, D], [D, 1], [T, D], page),
+    )
+
+
+@gluon.jit
+def barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers [count, 1], each for that many arrivals a phase."""
+    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+@gluon.jit
+def _ring(rows, readers: gl.constexpr, T: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Room for pages of k and v, and for each page: it is there; its readers have read it."""
+    k_rows, v_rows = rows[1], rows[2]
+    k_tiles = gl.allocate_shared_memory(k_rows.dtype, [STAGES, T, D], k_rows.layout)
+    v_tiles = gl.allocate_shared_memory(v_rows.dtype, [STAGES, T, D], v_rows.layout)
+    k_full, v_full = barriers(STAGES, 1), barriers(STAGES, 1)
+    k_free, v_free = barriers(STAGES, readers), barriers(STAGES, readers)
+    return k_tiles, v_tiles, k_full, k_free, v_full, v_free
+
+
+@gluon.jit
+def _queries(rows, halves: gl.constexpr, D: gl.constexpr):
+    return gl.allocate_shared_memory(rows[0].dtype, [halves, HALF, D], rows[0].layout), barriers(1, 1)
+
+
+@gluon.jit
+def _fetch_queries(rows, own, q_tiles, q_full, halves: gl.constexpr):
+    mbarrier.expect(q_full.index(0), halves * rows[0].block_type.nbytes)
+    for half in gl.static_range(halves):
+        fetch(rows[0], [own[1] + half * HALF, 0], q_full.index(0), q_tiles.index(half))
+
+
+@gluon.jit
+def _fetch_pages(rows, own, ring, T: gl.constexpr, STAGES: gl.constexpr):
+    """A loading warp. A stage's first use waits for nobody: phase 1 of a new barrier counts as over."""
+    k_rows, v_rows = rows[1], rows[2]
+    pages, count = own[4], own[6]
+    k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     for i in range(count):
         at, phase = i % STAGES, i // STAGES & 1
         row = gl.load(pages + i) * T
@@ -114,11 +174,13 @@ def _fetch_pages(
 
 @gluon.jit
 def _attend(
-    q_tile, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, pages, lens, count,
-    scale_log2, out, lse, first, keep, T: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
-    PADDING: gl.constexpr, FLOOR: gl.constexpr,
+    begin, own, q_tile, q_full, ring, results, T: gl.constexpr, D: gl.constexpr, PADDING: gl.constexpr,
+    FLOOR: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp group's rows, from `first` on, `keep` of them to be stored."""
+    """One warp group's 64 rows, from `begin` on within the tile."""
+    row, keep, pages, lens, count = own[2], own[3], own[4], own[5], own[6]
+    k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
+    out, lse, scale_log2 = results
     dtype: gl.constexpr = q_tile.dtype
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -126,14 +188,16 @@ def _attend(
     in_scored: gl.constexpr = gl.SliceLayout(1, scored)
     in_summed: gl.constexpr = gl.SliceLayout(1, summed)
     tokens = gl.arange(0, T, layout=gl.SliceLayout(0, scored))
-    top = gl.full([ROWS], float("-inf"), gl.float32, in_scored)
-    mass = gl.zeros([ROWS], gl.float32, in_scored)
-    acc = gl.zeros([ROWS, D], gl.float32, summed)
-    nothing = gl.zeros([ROWS, T], gl.float32, scored)
-    mbarrier.wait(q_full, 0)
+    top = gl.full([HALF], float("-inf"), gl.float32, in_scored)
+    mass = gl.zeros([HALF], gl.float32, in_scored)
+    acc = gl.zeros([HALF, D], gl.float32, summed)
+    nothing = gl.zeros([HALF, T], gl.float32, scored)
+    mbarrier.wait(q_full.index(0), 0)
     if count > 0:
         length = gl.load(lens + gl.load(pages))
-        slot = gl.load(pages + gl.minimum(1, count - 1))  # of the next page; its length is read in the step before
+        slot = gl.load(
+            pages + gl.minimum(1, count - 1)
+        )  # of the next page; its length is read in the step before
         mbarrier.wait(k_full.index(0), 0)
         scores = warpgroup_mma(
             q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
@@ -172,13 +236,16 @@ def _attend(
 
     safe_mass = gl.where(mass == 0.0, 1.0, mass)
     row_lse = gl.where(mass == 0.0, float("-inf"), (top + gl.log2(safe_mass)) * 0.6931471805599453)  # ln 2
-    rows = gl.arange(0, ROWS, layout=in_scored)
-    gl.store(lse + (first + rows), row_lse, mask=rows < keep)
+    rows = begin + gl.arange(0, HALF, layout=in_scored)
+    gl.store(lse + (row + rows), row_lse, mask=rows < keep)
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
-    tile = gl.convert_layout((acc / gl.convert_layout(safe_mass, in_summed)[:, None]).to(dtype), stored)
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
+    q_tile.store(
+        (acc / gl.convert_layout(safe_mass, in_summed)[:, None]).to(dtype)
+    )  # by way of room not needed now
+    tile = q_tile.load(stored)
+    rows = begin + gl.arange(0, HALF, layout=gl.SliceLayout(1, stored))
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, stored))
-    gl.store(out + ((first + rows)[:, None] * D + dims[None, :]), tile, mask=(rows < keep)[:, None])
+    gl.store(out + ((row + rows)[:, None] * D + dims[None, :]), tile, mask=(rows < keep)[:, None])
 
 
 @gluon.jit

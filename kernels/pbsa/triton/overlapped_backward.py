@@ -18,29 +18,46 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .overlapped import fetch
-
-HALF = gl.constexpr(64)  # rows of a warp group, and of a step
+from .overlapped import HALF, barriers, fetch  # HALF: rows of a warp group, and here of a step, too
 
 
 @gluon.jit
-def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    """Barriers [count, 1], each for that many arrivals a phase."""
-    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(bars.index(i), count=arrivals)
-    return bars
+def _ring(rows, D: gl.constexpr, STAGES: gl.constexpr):
+    """Room for tiles of two tensors, and for each tile: it is there; both warp groups have read it."""
+    a_tiles = gl.allocate_shared_memory(rows.dtype, [STAGES, HALF, D], rows.layout)
+    b_tiles = gl.allocate_shared_memory(rows.dtype, [STAGES, HALF, D], rows.layout)
+    a_full, b_full = barriers(STAGES, 1), barriers(STAGES, 1)
+    a_free, b_free = barriers(STAGES, 2), barriers(STAGES, 2)
+    return a_tiles, b_tiles, a_full, a_free, b_full, b_free
 
 
 @gluon.jit
-def _fetch(a_rows, b_rows, row, at, phase, a_tiles, b_tiles, a_full, a_free, b_full, b_free):
-    """One step's tiles of two tensors, once both warp groups have read what is there."""
-    mbarrier.wait(a_free.index(at), phase ^ 1)
-    mbarrier.expect(a_full.index(at), a_rows.block_type.nbytes)
-    fetch(a_rows, [row, 0], a_full.index(at), a_tiles.index(at))
-    mbarrier.wait(b_free.index(at), phase ^ 1)
-    mbarrier.expect(b_full.index(at), b_rows.block_type.nbytes)
-    fetch(b_rows, [row, 0], b_full.index(at), b_tiles.index(at))
+def _fetch_own(a_rows, b_rows, first, D: gl.constexpr):
+    """The program's own 128 rows of two tensors, in halves, on their way; and the barrier that says when."""
+    a_halves = gl.allocate_shared_memory(a_rows.dtype, [2, HALF, D], a_rows.layout)
+    b_halves = gl.allocate_shared_memory(a_rows.dtype, [2, HALF, D], a_rows.layout)
+    full = barriers(1, 1)
+    fence_async_shared()
+    mbarrier.expect(full.index(0), 4 * a_rows.block_type.nbytes)
+    for half in gl.static_range(2):
+        fetch(a_rows, [first + half * HALF, 0], full.index(0), a_halves.index(half))
+        fetch(b_rows, [first + half * HALF, 0], full.index(0), b_halves.index(half))
+    return a_halves, b_halves, full
+
+
+@gluon.jit
+def _fetch_steps(a_rows, b_rows, ring, listed, count, STAGES: gl.constexpr):
+    """The loading warp: of each of `count` blocks or pages that are listed, both halves, one step each."""
+    a_tiles, b_tiles, a_full, a_free, b_full, b_free = ring
+    for i in range(2 * count):
+        row = gl.load(listed + i // 2) * (2 * HALF) + i % 2 * HALF
+        at, phase = i % STAGES, i // STAGES & 1
+        mbarrier.wait(a_free.index(at), phase ^ 1)
+        mbarrier.expect(a_full.index(at), a_rows.block_type.nbytes)
+        fetch(a_rows, [row, 0], a_full.index(at), a_tiles.index(at))
+        mbarrier.wait(b_free.index(at), phase ^ 1)
+        mbarrier.expect(b_full.index(at), b_rows.block_type.nbytes)
+        fetch(b_rows, [row, 0], b_full.index(at), b_tiles.index(at))
 
 
 @gluon.jit
@@ -83,32 +100,18 @@ def queries(
     keys = num_slots * (2 * HALF)
     k_rows = tma.make_tensor_descriptor(k + g * k_g, [keys, D], [D, 1], [HALF, D], layout)
     v_rows = tma.make_tensor_descriptor(v + g * v_g, [keys, D], [D, 1], [HALF, D], layout)
-    q_halves = gl.allocate_shared_memory(dtype, [2, HALF, D], layout)
-    grad_halves = gl.allocate_shared_memory(dtype, [2, HALF, D], layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, HALF, D], layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, HALF, D], layout)
-    own_full = _barriers(1, 1)
-    k_full, v_full = _barriers(STAGES, 1), _barriers(STAGES, 1)
-    k_free, v_free = _barriers(STAGES, 2), _barriers(STAGES, 2)
-    fence_async_shared()
-    mbarrier.expect(own_full.index(0), 4 * q_rows.block_type.nbytes)
-    for half in gl.static_range(2):
-        row = block * (2 * HALF) + half * HALF
-        fetch(q_rows, [row, 0], own_full.index(0), q_halves.index(half))
-        fetch(grad_rows, [row, 0], own_full.index(0), grad_halves.index(half))
-    pages = idx + row_of_lists * longest
-    count = gl.load(cnt + row_of_lists)
-    lens = page_len + g * num_slots
+    ring = _ring(k_rows, D, STAGES)
+    q_halves, grad_halves, own_full = _fetch_own(q_rows, grad_rows, block * (2 * HALF), D)
+    listed = idx + row_of_lists * longest, page_len + g * num_slots, gl.load(cnt + row_of_lists)
+    facts = lse_log2, delta, dq, scale, scale_log2
     first = row_of_lists * (2 * HALF)
     gl.warp_specialize(
         [
-            (_query_rows, (q_halves.index(0), grad_halves.index(0), k_tiles, v_tiles, own_full, k_full, k_free, v_full,
-                           v_free, pages, lens, count, lse_log2, delta, dq, first, scale, scale_log2, D, PADDING,
+            (_query_rows, (q_halves.index(0), grad_halves.index(0), own_full, ring, listed, facts, first, D, PADDING,
                            STAGES)),
-            (_query_rows, (q_halves.index(1), grad_halves.index(1), k_tiles, v_tiles, own_full, k_full, k_free, v_full,
-                           v_free, pages, lens, count, lse_log2, delta, dq, first + HALF, scale, scale_log2, D, PADDING,
-                           STAGES)),
-            (_fetch_pages, (k_rows, v_rows, k_tiles, v_tiles, k_full, k_free, v_full, v_free, pages, count, STAGES)),
+            (_query_rows, (q_halves.index(1), grad_halves.index(1), own_full, ring, listed, facts, first + HALF, D,
+                           PADDING, STAGES)),
+            (_fetch_steps, (k_rows, v_rows, ring, listed[0], listed[2], STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -116,22 +119,14 @@ def queries(
 
 
 @gluon.jit
-def _fetch_pages(
-    k_rows, v_rows, k_tiles, v_tiles, k_full, k_free, v_full, v_free, pages, count, STAGES: gl.constexpr
-):
-    for i in range(2 * count):
-        row = gl.load(pages + i // 2) * (2 * HALF) + i % 2 * HALF
-        _fetch(
-            k_rows, v_rows, row, i % STAGES, i // STAGES & 1, k_tiles, v_tiles, k_full, k_free, v_full, v_free
-        )
-
-
-@gluon.jit
 def _query_rows(
-    q_tile, grad_tile, k_tiles, v_tiles, own_full, k_full, k_free, v_full, v_free, pages, lens, count,
-    lse_log2, delta, dq, first, scale, scale_log2, D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
+    q_tile, grad_tile, own_full, ring, listed, facts, first,
+    D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group's rows, from `first` on, over all groups."""
+    k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
+    pages, lens, count = listed
+    lse_log2, delta, dq, scale, scale_log2 = facts
     dtype: gl.constexpr = q_tile.dtype
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -150,18 +145,19 @@ def _query_rows(
         grads = _start(grad_tile, v_tiles.index(0), nothing)
         scores, grads = warpgroup_mma_wait(0, deps=(scores, grads))
         mbarrier.arrive(v_free.index(0), count=1)
-        weights = _weights(scores, row_lse, keys, pages, lens, 0, scale_log2, PADDING)
+        weights = _weights(scores, row_lse, keys, _left(pages, lens, 0, PADDING), scale_log2, PADDING)
         ds = gl.convert_layout((weights * (grads - row_delta[:, None])).to(dtype), weighed)
         for i in range(1, steps):
             at, before = i % STAGES, (i - 1) % STAGES
             phase = i // STAGES & 1
+            left = _left(pages, lens, i, PADDING)
             mbarrier.wait(k_full.index(at), phase)
             scores = _start(q_tile, k_tiles.index(at), nothing)
             mbarrier.wait(v_full.index(at), phase)
             grads = _start(grad_tile, v_tiles.index(at), nothing)
             acc = warpgroup_mma(ds, k_tiles.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(2, deps=(scores,))
-            weights = _weights(scores, row_lse, keys, pages, lens, i, scale_log2, PADDING)
+            weights = _weights(scores, row_lse, keys, left, scale_log2, PADDING)
             mbarrier.wait(own_full.index(0), 0)  # a branch: see overlapped._attend
             grads = warpgroup_mma_wait(1, deps=(grads,))
             mbarrier.arrive(v_free.index(at), count=1)
@@ -176,11 +172,19 @@ def _query_rows(
 
 
 @gluon.jit
-def _weights(scores, row_lse, keys, pages, lens, i, scale_log2, PADDING: gl.constexpr):
-    """The softmax's weights of step i, 0 behind the page's end."""
-    weights = gl.exp2(gl.fma(scores, scale_log2, -row_lse[:, None]))
+def _left(pages, lens, i, PADDING: gl.constexpr):
+    """How many tokens the page of step i still holds there; read early, so that nothing waits for it."""
+    left = HALF + 0
     if PADDING > 0:
         left = gl.load(lens + gl.load(pages + i // 2)) - i % 2 * HALF
+    return left
+
+
+@gluon.jit
+def _weights(scores, row_lse, keys, left, scale_log2, PADDING: gl.constexpr):
+    """The softmax's weights of a step, 0 behind the page's end."""
+    weights = gl.exp2(gl.fma(scores, scale_log2, -row_lse[:, None]))
+    if PADDING > 0:
         weights = gl.where((keys < left)[None, :], weights, 0.0)
     return weights
 
@@ -207,36 +211,21 @@ def pages(
     keys = num_slots * (2 * HALF)
     k_rows = tma.make_tensor_descriptor(k + g * k_g, [keys, D], [D, 1], [HALF, D], layout)
     v_rows = tma.make_tensor_descriptor(v + g * v_g, [keys, D], [D, 1], [HALF, D], layout)
-    k_halves = gl.allocate_shared_memory(dtype, [2, HALF, D], layout)
-    v_halves = gl.allocate_shared_memory(dtype, [2, HALF, D], layout)
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, HALF, D], layout)
-    grad_tiles = gl.allocate_shared_memory(dtype, [STAGES, HALF, D], layout)
-    own_full = _barriers(1, 1)
-    q_full, grad_full = _barriers(STAGES, 1), _barriers(STAGES, 1)
-    q_free, grad_free = _barriers(STAGES, 2), _barriers(STAGES, 2)
-    fence_async_shared()
-    mbarrier.expect(own_full.index(0), 4 * k_rows.block_type.nbytes)
-    for half in gl.static_range(2):
-        row = slot * (2 * HALF) + half * HALF
-        fetch(k_rows, [row, 0], own_full.index(0), k_halves.index(half))
-        fetch(v_rows, [row, 0], own_full.index(0), v_halves.index(half))
-    read_by = readers + target * blocks
-    count = gl.load(reader_cnt + target)
+    ring = _ring(q_rows, D, STAGES)
+    k_halves, v_halves, own_full = _fetch_own(k_rows, v_rows, slot * (2 * HALF), D)
+    read_by = readers + target * blocks, gl.load(reader_cnt + target)
     length = 2 * HALF
     if PADDING > 0:
         length = gl.load(page_len + g * num_slots + slot)
-    first_row = g * rows
+    facts = lse_log2 + g * rows, delta + g * rows, dk, dv, scale, scale_log2
     first = target * (2 * HALF)
     gl.warp_specialize(
         [
-            (_page_keys, (k_halves.index(0), v_halves.index(0), q_tiles, grad_tiles, own_full, q_full, q_free,
-                          grad_full, grad_free, read_by, count, length, lse_log2 + first_row, delta + first_row, dk, dv,
-                          first, scale, scale_log2, D, PADDING, STAGES)),
-            (_page_keys, (k_halves.index(1), v_halves.index(1), q_tiles, grad_tiles, own_full, q_full, q_free,
-                          grad_full, grad_free, read_by, count, length - HALF, lse_log2 + first_row, delta + first_row,
-                          dk, dv, first + HALF, scale, scale_log2, D, PADDING, STAGES)),
-            (_fetch_readers, (q_rows, grad_rows, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free, read_by,
-                              count, STAGES)),
+            (_page_keys, (k_halves.index(0), v_halves.index(0), own_full, ring, read_by, length, facts, first, D,
+                          PADDING, STAGES)),
+            (_page_keys, (k_halves.index(1), v_halves.index(1), own_full, ring, read_by, length - HALF, facts,
+                          first + HALF, D, PADDING, STAGES)),
+            (_fetch_steps, (q_rows, grad_rows, ring, read_by[0], read_by[1], STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -244,21 +233,14 @@ def pages(
 
 
 @gluon.jit
-def _fetch_readers(
-    q_rows, grad_rows, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free, read_by, count, STAGES: gl.constexpr
-):  # fmt: skip
-    for i in range(2 * count):
-        row = gl.load(read_by + i // 2) * (2 * HALF) + i % 2 * HALF
-        at, phase = i % STAGES, i // STAGES & 1
-        _fetch(q_rows, grad_rows, row, at, phase, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free)
-
-
-@gluon.jit
 def _page_keys(
-    k_tile, v_tile, q_tiles, grad_tiles, own_full, q_full, q_free, grad_full, grad_free, read_by, count, length,
-    lse_log2, delta, dk, dv, first, scale, scale_log2, D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
+    k_tile, v_tile, own_full, ring, readers, length, facts, first,
+    D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group's tokens, `length` of them held; scores stand transposed: [tokens, query rows]."""
+    q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free = ring
+    read_by, count = readers
+    lse_log2, delta, dk, dv, scale, scale_log2 = facts
     dtype: gl.constexpr = k_tile.dtype
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])

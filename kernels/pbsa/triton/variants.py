@@ -71,7 +71,7 @@ class Variant:
         if self.kind == "pointers":
             return True
         fits = shape.dtype in HALVES and shape.dim % 8 == 0 and self.keys <= shape.tokens
-        if self.kind == "overlapped":  # steps of whole pages, two warp groups of 64 rows
+        if self.kind == "overlapped":  # steps of whole pages, a list for 128 rows or for 64
             fits = fits and shape.dim in (64, 128) and self.keys == shape.tokens and shape.capability[0] == 9
             fits = fits and gluon_there()
         if self.kind == "specialised":  # both products are cut alike, v in one piece or two
@@ -119,6 +119,7 @@ VARIANTS = (
     Variant("pointers", 128, 64, 4, 3, HOPPER, shared=True, residents=2),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, tokens=(128,), residents=1),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, shared=True, residents=1),
+    Variant("overlapped", 64, 64, 4, 3, HOPPER, tokens=(64,), shared=False, residents=2),
     Variant("descriptors", 64, 64, 4, 3, HOPPER, tokens=(64,), shared=False, residents=2),
     Variant("pointers", 64, 64, 4, 3, BIG_MEMORY, tokens=(64,), residents=2),
     Variant("pointers", 128, 64, 8, 2, tokens=(128,)),
