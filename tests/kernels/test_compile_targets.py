@@ -57,6 +57,22 @@ FLOATS = {
 HALVES = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "pages"}
 
 
+DESCRIBED = {
+    "q_rows",
+    "k_rows",
+    "v_rows",
+    "grad_rows",
+}  # what the overlapped kernels are given descriptors of
+
+
+def described_as(rows: int, dim: int) -> str:
+    """The type of a descriptor of tiles [rows, dim]."""
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], gl.bfloat16)
+    return f"tensordesc<bf16[{rows}, {dim}],{layout!r}>"
+
+
 def compiled(kernel, arch: int, constants: dict, warps: int, stages: int, source=ASTSource):
     """Compile with arguments as a call has them: aligned pointers, strides that are multiples of 16, odd lengths."""
     signature, aligned = {}, {}
@@ -64,6 +80,10 @@ def compiled(kernel, arch: int, constants: dict, warps: int, stages: int, source
         name = parameter.name
         if parameter.is_constexpr:
             signature[name] = "constexpr"
+            continue
+        if name in DESCRIBED:
+            rows = constants.get("T", 64) if name in ("k_rows", "v_rows") else 64
+            signature[name] = described_as(rows, constants["D"])
             continue
         scale = name in ("scale", "scale_log2")
         pointer = {"i32": name in INTEGERS, "fp32": name in FLOATS, "bf16": name in HALVES}

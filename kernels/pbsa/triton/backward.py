@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .forward import PADDING, precision, scratch, unit_rows
+from .forward import PADDING, precision, unit_rows
 from .primitives import load_rows, store_rows
 from .variants import HALVES, Shape, gluon_there, logger, shape_of, small_problem
 
@@ -169,15 +169,19 @@ def launch(
             out.contiguous(), grad_out, lse.contiguous(), grad_lse.contiguous(), delta, lse_log2, lse.numel(),
             D=dim, D_PAD=common["D_PAD"], ROWS=32, num_warps=4,
         )  # fmt: skip
-        tensors = q, k_pages, v_pages, page_len
-        gradients = grad_out, lse_log2, delta
-        queries = *tensors, idx, cnt, *gradients, dq, *strides
-        query_sizes = lists, idx.shape[2], slots, *scales
+        tensors = q, k_pages, v_pages
+        inputs, grads, apart = (*tensors, page_len), (grad_out, lse_log2, delta), strides
         if isinstance(how, Overlapped):
             from . import overlapped_backward
+            from .overlapped import described
 
-            triton.set_allocator(scratch)
+            inputs = *(described(x, 64) for x in tensors), page_len
+            grads = described(grad_out, 64), lse_log2, delta
+            apart = tuple(x.stride(0) // dim for x in tensors)
             constants = {"D": dim, "PADDING": common["PADDING"], "num_warps": 4}
+        queries = *inputs, idx, cnt, *grads, dq, *apart
+        query_sizes = lists, idx.shape[2], slots, *scales
+        if isinstance(how, Overlapped):
             overlapped_backward.queries[(lists, groups)](
                 *queries, *query_sizes, STAGES=how.query_stages, **constants
             )
@@ -190,7 +194,7 @@ def launch(
             )
         if targets is None or count == 0:
             return dq, dk, dv
-        pages = *tensors, targets, *transpose_lists(idx, cnt, targets, blocks), *gradients, dk, dv, *strides
+        pages = *inputs, targets, *transpose_lists(idx, cnt, targets, blocks), *grads, dk, dv, *apart
         page_sizes = count, blocks, slots, *scales
         if isinstance(how, Overlapped):
             overlapped_backward.pages[(count, groups)](
@@ -214,18 +218,8 @@ def transpose_lists(idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int) -> t
     reader_cnt = torch.empty((groups, count), dtype=torch.int32, device=idx.device)
     with torch.cuda.device_of(idx):
         find_readers[(count, groups)](
-            idx,
-            cnt,
-            targets,
-            readers,
-            reader_cnt,
-            lists,
-            longest,
-            blocks // lists,
-            LISTS=64,
-            STEP=32,
-            num_warps=4,
-        )
+            idx, cnt, targets, readers, reader_cnt, lists, longest, blocks // lists, LISTS=64, STEP=32, num_warps=4,
+        )  # fmt: skip
     return readers, reader_cnt
 
 

@@ -89,17 +89,31 @@ def launch(
     rows_and_parts = rows + split_tiles * (split.parts - 1) * variant.rows
     out = torch.empty((rows_and_parts, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows_and_parts,), dtype=torch.float32, device=q.device)
-    if described:
-        triton.set_allocator(scratch)
     programs = split.whole + split_tiles * split.parts
-    kernel, grid, constants = _kernel(variant, programs, dim, q.dtype)
+    sizes = *split, rows, tiles, list_rows, lists, idx.shape[2], k_pages.shape[1], scale * math.log2(math.e)
+    constants = {
+        "T": tokens,
+        "D": dim,
+        "PADDING": PADDING[padding],
+        "FLOOR": floor,
+        "num_warps": variant.warps,
+    }
     with torch.cuda.device_of(q):
-        kernel[(grid,)](
-            q, k_pages, v_pages, page_len, idx, cnt, out, lse,
-            *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3],
-            *split, rows, tiles, list_rows, lists, idx.shape[2], k_pages.shape[1], scale * math.log2(math.e),
-            T=tokens, PADDING=PADDING[padding], FLOOR=floor, **constants, num_warps=variant.warps,
-        )  # fmt: skip
+        if variant.kind == "overlapped":
+            _launch_overlapped(
+                variant, programs, (q, k_pages, v_pages), (page_len, idx, cnt, out, lse), sizes, constants
+            )
+        else:
+            kernel = forward_pointers
+            if described:
+                triton.set_allocator(scratch)
+                kernel, constants["SPECIALISE"] = forward_descriptors, variant.kind == "specialised"
+            kernel[(programs,)](
+                q, k_pages, v_pages, page_len, idx, cnt, out, lse,
+                *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3], *sizes,
+                D_PAD=triton.next_power_of_2(dim), ROWS=variant.rows, KEYS=variant.keys,
+                PRECISION=precision(q.dtype), num_stages=variant.stages, **constants,
+            )  # fmt: skip
         if split_tiles and split.parts > 1:
             merge[(split_tiles,)](
                 out, lse, *split, rows, tiles, list_rows, lists,
@@ -108,20 +122,23 @@ def launch(
     return out[:rows].view(q.shape), lse[:rows].view(q.shape[:3])
 
 
-def _kernel(variant: Variant, programs: int, dim: int, dtype: torch.dtype) -> tuple[Any, int, dict[str, Any]]:
-    """A variant's kernel, how many of it run for that many tiles and parts of tiles, and what only it is told."""
-    if variant.kind == "overlapped":
-        from .overlapped import forward_overlapped
+def _launch_overlapped(
+    variant: Variant,
+    programs: int,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    others: tuple[Tensor, ...],
+    sizes: tuple,
+    constants: dict[str, Any],
+) -> None:
+    """Programs for that many tiles and parts of tiles; tensors: q, k and v."""
+    from .overlapped import described, forward_overlapped
 
-        shared = variant.rows == 128
-        constants = {"D": dim, "SHARED": shared, "STAGES": variant.stages, "programs": programs}
-        return forward_overlapped, programs if shared else triton.cdiv(programs, 2), constants
-    constants = {"D": dim, "D_PAD": triton.next_power_of_2(dim), "ROWS": variant.rows, "KEYS": variant.keys}
-    constants["num_stages"] = variant.stages
-    if variant.kind == "pointers":
-        return forward_pointers, programs, constants | {"PRECISION": precision(dtype)}
-    told = {"PRECISION": precision(dtype), "SPECIALISE": variant.kind == "specialised"}
-    return forward_descriptors, programs, constants | told
+    shared = variant.rows == 128  # a list for both warp groups
+    views = (described(x, rows) for x, rows in zip(tensors, (64, variant.keys, variant.keys), strict=True))
+    forward_overlapped[(programs if shared else triton.cdiv(programs, 2),)](
+        *views, *others, *(x.stride(0) // x.shape[-1] for x in tensors), *sizes, programs,
+        SHARED=shared, STAGES=variant.stages, **constants,
+    )  # fmt: skip
 
 
 def floor_of(least_tokens: int, padding: str) -> int:

@@ -11,6 +11,8 @@ next line that needs it.
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,36 +22,50 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
 HALF = gl.constexpr(64)  # query rows of a warp group
 RUN_TIME = ["whole", "parts", "num_rows", "tiles", "list_rows", "num_lists", "longest", "num_slots"]
 
 
+def described(x: Tensor, rows: int) -> TensorDescriptor:
+    """The copy engine's view of x [G, n, T, D], whose groups lie apart by whole rows: all rows, in tiles [rows, D].
+
+    Row r of group g is row g * x.stride(0) // D + r. The host makes it: a program that makes its own loses microseconds.
+    """
+    groups, dim = x.shape[0], x.shape[-1]
+    count = (groups - 1) * (x.stride(0) // dim) + x.shape[1] * x.shape[2]
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], element)
+    return TensorDescriptor(x, [count, dim], [dim, 1], [rows, dim], layout)
+
+
 @gluon.jit(do_not_specialize=[*RUN_TIME, "programs"])
 def forward_overlapped(
-    q, k, v, page_len, idx, cnt, out, lse,
-    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    q_rows, k_rows, v_rows, page_len, idx, cnt, out, lse,
+    q_g, k_g, v_g,
     whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2, programs,
     T: gl.constexpr, D: gl.constexpr, PADDING: gl.constexpr, FLOOR: gl.constexpr, SHARED: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Needs what `forward_descriptors` needs, and D a power of two.
+    """q_rows in tiles of 64, k_rows and v_rows in pages, as `described`; q_g, k_g, v_g: rows from group to group.
 
     SHARED: a program is a tile of 128 query rows that share a list. Else it is two of `programs` tiles of 64, and each
     warp group has a list and pages of its own. STAGES: pages of k, and of v, that are there or on their way, of a list.
+    D is a power of two; the rest as for `forward.forward_descriptors`.
     """
     tables = page_len, idx, cnt
     sizes = whole, parts, programs, num_rows, tiles, list_rows, num_lists, longest, num_slots
-    tensors = q, k, v, q_g, k_g, v_g, num_lists * list_rows, num_slots * T
+    rows = q_rows, k_rows, v_rows
+    apart = q_g, k_g, v_g
     results = out, lse, scale_log2
     if SHARED:
-        own = _locate(gl.program_id(0), tables, sizes, 2 * HALF)
-        rows = _describe(tensors, own, T, D)
+        own = _locate(gl.program_id(0), tables, sizes, apart, 2 * HALF)
         ring = _ring(rows, 2, T, D, STAGES)
-        q_tiles, q_full = _queries(rows, 2, D)
+        q_tiles, q_full = _queries(q_rows, 2, D)
         fence_async_shared()
-        _fetch_queries(rows, own, q_tiles, q_full, 2)
+        _fetch_queries(q_rows, own, q_tiles, q_full, 2)
         gl.warp_specialize(
             [
                 (_attend, (0, own, q_tiles.index(0), q_full, ring, results, T, D, PADDING, FLOOR, STAGES)),
@@ -60,22 +76,21 @@ def forward_overlapped(
             [240, 24],
         )
     else:
-        own = _locate(2 * gl.program_id(0), tables, sizes, HALF)
-        other = _locate(2 * gl.program_id(0) + 1, tables, sizes, HALF)
-        rows, other_rows = _describe(tensors, own, T, D), _describe(tensors, other, T, D)
+        own = _locate(2 * gl.program_id(0), tables, sizes, apart, HALF)
+        other = _locate(2 * gl.program_id(0) + 1, tables, sizes, apart, HALF)
         ring, other_ring = _ring(rows, 1, T, D, STAGES), _ring(rows, 1, T, D, STAGES)
-        q_tiles, q_full = _queries(rows, 1, D)
-        other_q_tiles, other_q_full = _queries(rows, 1, D)
+        q_tiles, q_full = _queries(q_rows, 1, D)
+        other_q_tiles, other_q_full = _queries(q_rows, 1, D)
         fence_async_shared()
-        _fetch_queries(rows, own, q_tiles, q_full, 1)
-        _fetch_queries(other_rows, other, other_q_tiles, other_q_full, 1)
+        _fetch_queries(q_rows, own, q_tiles, q_full, 1)
+        _fetch_queries(q_rows, other, other_q_tiles, other_q_full, 1)
         gl.warp_specialize(
             [
                 (_attend, (0, own, q_tiles.index(0), q_full, ring, results, T, D, PADDING, FLOOR, STAGES)),
                 (_attend, (0, other, other_q_tiles.index(0), other_q_full, other_ring, results, T, D, PADDING, FLOOR,
                            STAGES)),
                 (_fetch_pages, (rows, own, ring, T, STAGES)),
-                (_fetch_pages, (other_rows, other, other_ring, T, STAGES)),
+                (_fetch_pages, (rows, other, other_ring, T, STAGES)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -83,9 +98,10 @@ def forward_overlapped(
 
 
 @gluon.jit
-def _locate(program, tables, sizes, TILE: gl.constexpr):
-    """Of one tile, as `forward._locate`, `_own_pages` and `_own_rows` have it: group, first row within the group, first
-    row to be written, how many of them, where its pages' slots are and the lengths of pages, how many it reads."""
+def _locate(program, tables, sizes, apart, TILE: gl.constexpr):
+    """Of one tile, as `forward._locate`, `_own_pages` and `_own_rows` have it: the group's first row of k and of v, the
+    tile's first row of q, first row to be written, how many of them, where its pages' slots are and the lengths of the
+    group's pages, how many it reads."""
     page_len, idx, cnt = tables
     whole, parts, programs, num_rows, tiles, list_rows, num_lists, longest, num_slots = sizes
     there = program < programs  # the last program may have one tile instead of two
@@ -105,21 +121,18 @@ def _locate(program, tables, sizes, TILE: gl.constexpr):
     behind = num_rows + ((tile - whole).to(gl.int64) * (parts - 1) + part - 1) * TILE
     row = gl.where(part > 0, behind, row_of_lists * list_rows + in_list)
     keep = gl.where(there, list_rows - in_list, 0)
-    first = which * list_rows + in_list
-    return g, first, row, keep, idx + row_of_lists * longest + begin, page_len + g * num_slots, count
-
-
-@gluon.jit
-def _describe(tensors, own, T: gl.constexpr, D: gl.constexpr):
-    """The copy engine's view of a group's q, k and v: half a tile of query rows, whole pages."""
-    q, k, v, q_g, k_g, v_g, queries, keys = tensors
-    g = own[0]
-    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], q.dtype.element_ty)
-    page: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, D], q.dtype.element_ty)
+    q_g, k_g, v_g = apart
+    k_row, v_row, q_row = (g * k_g).to(gl.int32), (g * v_g).to(gl.int32), (g * q_g).to(gl.int32)
+    q_row += which * list_rows + in_list
     return (
-        tma.make_tensor_descriptor(q + g * q_g, [queries, D], [D, 1], [HALF, D], half),
-        tma.make_tensor_descriptor(k + g * k_g, [keys, D], [D, 1], [T, D], page),
-        tma.make_tensor_descriptor(v + g * v_g, [keys, D], [D, 1], [T, D], page),
+        k_row,
+        v_row,
+        q_row,
+        row,
+        keep,
+        idx + row_of_lists * longest + begin,
+        page_len + g * num_slots,
+        count,
     )
 
 
@@ -144,32 +157,32 @@ def _ring(rows, readers: gl.constexpr, T: gl.constexpr, D: gl.constexpr, STAGES:
 
 
 @gluon.jit
-def _queries(rows, halves: gl.constexpr, D: gl.constexpr):
-    return gl.allocate_shared_memory(rows[0].dtype, [halves, HALF, D], rows[0].layout), barriers(1, 1)
+def _queries(q_rows, halves: gl.constexpr, D: gl.constexpr):
+    return gl.allocate_shared_memory(q_rows.dtype, [halves, HALF, D], q_rows.layout), barriers(1, 1)
 
 
 @gluon.jit
-def _fetch_queries(rows, own, q_tiles, q_full, halves: gl.constexpr):
-    mbarrier.expect(q_full.index(0), halves * rows[0].block_type.nbytes)
+def _fetch_queries(q_rows, own, q_tiles, q_full, halves: gl.constexpr):
+    mbarrier.expect(q_full.index(0), halves * q_rows.block_type.nbytes)
     for half in gl.static_range(halves):
-        fetch(rows[0], [own[1] + half * HALF, 0], q_full.index(0), q_tiles.index(half))
+        fetch(q_rows, [own[2] + half * HALF, 0], q_full.index(0), q_tiles.index(half))
 
 
 @gluon.jit
 def _fetch_pages(rows, own, ring, T: gl.constexpr, STAGES: gl.constexpr):
     """A loading warp. A stage's first use waits for nobody: phase 1 of a new barrier counts as over."""
     k_rows, v_rows = rows[1], rows[2]
-    pages, count = own[4], own[6]
+    k_row, v_row, pages, count = own[0], own[1], own[5], own[7]
     k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     for i in range(count):
         at, phase = i % STAGES, i // STAGES & 1
         row = gl.load(pages + i) * T
         mbarrier.wait(k_free.index(at), phase ^ 1)
         mbarrier.expect(k_full.index(at), k_rows.block_type.nbytes)
-        fetch(k_rows, [row, 0], k_full.index(at), k_tiles.index(at))
+        fetch(k_rows, [k_row + row, 0], k_full.index(at), k_tiles.index(at))
         mbarrier.wait(v_free.index(at), phase ^ 1)
         mbarrier.expect(v_full.index(at), v_rows.block_type.nbytes)
-        fetch(v_rows, [row, 0], v_full.index(at), v_tiles.index(at))
+        fetch(v_rows, [v_row + row, 0], v_full.index(at), v_tiles.index(at))
 
 
 @gluon.jit
@@ -178,7 +191,7 @@ def _attend(
     FLOOR: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group's 64 rows, from `begin` on within the tile."""
-    row, keep, pages, lens, count = own[2], own[3], own[4], own[5], own[6]
+    row, keep, pages, lens, count = own[3], own[4], own[5], own[6], own[7]
     k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     out, lse, scale_log2 = results
     dtype: gl.constexpr = q_tile.dtype

@@ -13,7 +13,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -32,7 +31,7 @@ def _ring(rows, D: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_own(a_rows, b_rows, first, D: gl.constexpr):
+def _fetch_own(a_rows, b_rows, a_first, b_first, D: gl.constexpr):
     """The program's own 128 rows of two tensors, in halves, on their way; and the barrier that says when."""
     a_halves = gl.allocate_shared_memory(a_rows.dtype, [2, HALF, D], a_rows.layout)
     b_halves = gl.allocate_shared_memory(a_rows.dtype, [2, HALF, D], a_rows.layout)
@@ -40,24 +39,25 @@ def _fetch_own(a_rows, b_rows, first, D: gl.constexpr):
     fence_async_shared()
     mbarrier.expect(full.index(0), 4 * a_rows.block_type.nbytes)
     for half in gl.static_range(2):
-        fetch(a_rows, [first + half * HALF, 0], full.index(0), a_halves.index(half))
-        fetch(b_rows, [first + half * HALF, 0], full.index(0), b_halves.index(half))
+        fetch(a_rows, [a_first + half * HALF, 0], full.index(0), a_halves.index(half))
+        fetch(b_rows, [b_first + half * HALF, 0], full.index(0), b_halves.index(half))
     return a_halves, b_halves, full
 
 
 @gluon.jit
-def _fetch_steps(a_rows, b_rows, ring, listed, count, STAGES: gl.constexpr):
-    """The loading warp: of each of `count` blocks or pages that are listed, both halves, one step each."""
+def _fetch_steps(a_rows, b_rows, a_first, b_first, ring, listed, count, STAGES: gl.constexpr):
+    """The loading warp: of each of `count` blocks or pages that are listed, both halves, one step each. a_first,
+    b_first: the group's first rows."""
     a_tiles, b_tiles, a_full, a_free, b_full, b_free = ring
     for i in range(2 * count):
         row = gl.load(listed + i // 2) * (2 * HALF) + i % 2 * HALF
         at, phase = i % STAGES, i // STAGES & 1
         mbarrier.wait(a_free.index(at), phase ^ 1)
         mbarrier.expect(a_full.index(at), a_rows.block_type.nbytes)
-        fetch(a_rows, [row, 0], a_full.index(at), a_tiles.index(at))
+        fetch(a_rows, [a_first + row, 0], a_full.index(at), a_tiles.index(at))
         mbarrier.wait(b_free.index(at), phase ^ 1)
         mbarrier.expect(b_full.index(at), b_rows.block_type.nbytes)
-        fetch(b_rows, [row, 0], b_full.index(at), b_tiles.index(at))
+        fetch(b_rows, [b_first + row, 0], b_full.index(at), b_tiles.index(at))
 
 
 @gluon.jit
@@ -83,26 +83,22 @@ def _store(target, first, tile, D: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_lists", "longest", "num_slots"])
 def queries(
-    q, k, v, page_len, idx, cnt, grad_out, lse_log2, delta, dq,
-    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    q_rows, k_rows, v_rows, page_len, idx, cnt, grad_rows, lse_log2, delta, dq,
+    q_g, k_g, v_g,
     num_lists, longest, num_slots, scale, scale_log2,
     D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dQ: a program for each query block of 128 with a list of its own. q, grad_out and pages contiguous."""
-    dtype: gl.constexpr = q.dtype.element_ty
-    g = gl.program_id(1).to(gl.int64)
+    """dQ: a program for each query block of 128 with a list of its own.
+
+    q_rows, k_rows, v_rows, grad_rows: as `described`, in tiles of 64; q_g, k_g, v_g: rows from group to group.
+    """
+    g = gl.program_id(1)
     block = gl.program_id(0)
-    row_of_lists = g * num_lists + block
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], dtype)
-    rows = num_lists * (2 * HALF)
-    q_rows = tma.make_tensor_descriptor(q + g * q_g, [rows, D], [D, 1], [HALF, D], layout)
-    grad_rows = tma.make_tensor_descriptor(grad_out + g * rows * D, [rows, D], [D, 1], [HALF, D], layout)
-    keys = num_slots * (2 * HALF)
-    k_rows = tma.make_tensor_descriptor(k + g * k_g, [keys, D], [D, 1], [HALF, D], layout)
-    v_rows = tma.make_tensor_descriptor(v + g * v_g, [keys, D], [D, 1], [HALF, D], layout)
+    row_of_lists = g.to(gl.int64) * num_lists + block
     ring = _ring(k_rows, D, STAGES)
-    q_halves, grad_halves, own_full = _fetch_own(q_rows, grad_rows, block * (2 * HALF), D)
-    listed = idx + row_of_lists * longest, page_len + g * num_slots, gl.load(cnt + row_of_lists)
+    grad_row = (g * num_lists + block) * (2 * HALF)
+    q_halves, grad_halves, own_full = _fetch_own(q_rows, grad_rows, g * q_g + block * (2 * HALF), grad_row, D)
+    listed = idx + row_of_lists * longest, page_len + g.to(gl.int64) * num_slots, gl.load(cnt + row_of_lists)
     facts = lse_log2, delta, dq, scale, scale_log2
     first = row_of_lists * (2 * HALF)
     gl.warp_specialize(
@@ -111,7 +107,7 @@ def queries(
                            STAGES)),
             (_query_rows, (q_halves.index(1), grad_halves.index(1), own_full, ring, listed, facts, first + HALF, D,
                            PADDING, STAGES)),
-            (_fetch_steps, (k_rows, v_rows, ring, listed[0], listed[2], STAGES)),
+            (_fetch_steps, (k_rows, v_rows, g * k_g, g * v_g, ring, listed[0], listed[2], STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -194,30 +190,24 @@ def _weights(scores, row_lse, keys, left, scale_log2, PADDING: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_targets", "blocks", "num_slots"])
 def pages(
-    q, k, v, page_len, targets, readers, reader_cnt, grad_out, lse_log2, delta, dk, dv,
-    q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
+    q_rows, k_rows, v_rows, page_len, targets, readers, reader_cnt, grad_rows, lse_log2, delta, dk, dv,
+    q_g, k_g, v_g,
     num_targets, blocks, num_slots, scale, scale_log2,
     D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV: a program for each target page of 128 tokens. q, grad_out and pages contiguous."""
-    dtype: gl.constexpr = q.dtype.element_ty
-    g = gl.program_id(1).to(gl.int64)
-    target = g * num_targets + gl.program_id(0)
+    """dK and dV: a program for each target page of 128 tokens; the rest as for `queries`."""
+    g = gl.program_id(1)
+    target = g.to(gl.int64) * num_targets + gl.program_id(0)
     slot = gl.load(targets + target)
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], dtype)
-    rows = blocks * (2 * HALF)
-    q_rows = tma.make_tensor_descriptor(q + g * q_g, [rows, D], [D, 1], [HALF, D], layout)
-    grad_rows = tma.make_tensor_descriptor(grad_out + g * rows * D, [rows, D], [D, 1], [HALF, D], layout)
-    keys = num_slots * (2 * HALF)
-    k_rows = tma.make_tensor_descriptor(k + g * k_g, [keys, D], [D, 1], [HALF, D], layout)
-    v_rows = tma.make_tensor_descriptor(v + g * v_g, [keys, D], [D, 1], [HALF, D], layout)
+    rows = g.to(gl.int64) * blocks * (2 * HALF)
     ring = _ring(q_rows, D, STAGES)
-    k_halves, v_halves, own_full = _fetch_own(k_rows, v_rows, slot * (2 * HALF), D)
+    own_row = slot * (2 * HALF)
+    k_halves, v_halves, own_full = _fetch_own(k_rows, v_rows, g * k_g + own_row, g * v_g + own_row, D)
     read_by = readers + target * blocks, gl.load(reader_cnt + target)
     length = 2 * HALF
     if PADDING > 0:
-        length = gl.load(page_len + g * num_slots + slot)
-    facts = lse_log2 + g * rows, delta + g * rows, dk, dv, scale, scale_log2
+        length = gl.load(page_len + g.to(gl.int64) * num_slots + slot)
+    facts = lse_log2 + rows, delta + rows, dk, dv, scale, scale_log2
     first = target * (2 * HALF)
     gl.warp_specialize(
         [
@@ -225,7 +215,7 @@ def pages(
                           PADDING, STAGES)),
             (_page_keys, (k_halves.index(1), v_halves.index(1), own_full, ring, read_by, length - HALF, facts,
                           first + HALF, D, PADDING, STAGES)),
-            (_fetch_steps, (q_rows, grad_rows, ring, read_by[0], read_by[1], STAGES)),
+            (_fetch_steps, (q_rows, grad_rows, g * q_g, g * blocks * (2 * HALF), ring, read_by[0], read_by[1], STAGES)),
         ],
         [4, 1],
         [240, 24],

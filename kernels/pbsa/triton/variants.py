@@ -33,7 +33,7 @@ class Shape:
     dim: int  # D
     padding: str
     whole_pages: (
-        bool  # a group's pages lie one behind the other, and all is aligned as the copy engine needs it
+        bool  # a group's pages lie one behind the other, groups by whole rows, all aligned for the copy engine
     )
     shared: bool  # a list serves more than one query block
     floor: int = 0  # rows of a page that are never masked; the geometry's, not a call's
@@ -169,7 +169,7 @@ def shape_of(q: Tensor, k_pages: Tensor, v_pages: Tensor, cnt: Tensor, padding: 
     tokens, dim = q.shape[2:]
     whole = q.data_ptr() % 16 == 0 and all(
         pages.stride()[1:] == (tokens * dim, dim, 1)
-        and pages.stride(0) % 8 == 0
+        and pages.stride(0) % dim == 0
         and pages.data_ptr() % 16 == 0
         for pages in (k_pages, v_pages)
     )
