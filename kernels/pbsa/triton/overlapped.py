@@ -32,7 +32,7 @@ RUN_TIME = ["whole", "parts", "num_rows", "tiles", "list_rows", "num_lists", "lo
 def described(x: Tensor, rows: int) -> TensorDescriptor:
     """The copy engine's view of x [G, n, T, D], whose groups lie apart by whole rows: all rows, in tiles [rows, D].
 
-    Row r of group g is row g * x.stride(0) // D + r. The host makes it: a program that makes its own loses microseconds.
+    Row r of group g is row g * x.stride(0) // D + r. Made by the host, as a program that makes its own loses time.
     """
     groups, dim = x.shape[0], x.shape[-1]
     count = (groups - 1) * (x.stride(0) // dim) + x.shape[1] * x.shape[2]
