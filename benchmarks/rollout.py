@@ -134,6 +134,7 @@ def main() -> None:
     add("--batch", type=int, default=1)
     add("--decode", choices=("wan", "tiny", "none"), default="wan")
     add("--topk", type=float, default=0.25, help="of mode sparse")
+    add("--words", type=int, default=128, help="rows of the 512 that the prompt fills; the rest is zero")
     add("--positions", choices=("absolute", "rebased"), default="absolute")
     add("--no-graphs", action="store_true")
     add("--device", default="auto")
@@ -194,6 +195,7 @@ class FullSize:
         with torch.no_grad():
             self.model = random_model(self.size, self.device, self.dtype)
             text = torch.randn(1, 512, 4096, generator=torch.Generator().manual_seed(1))
+            text[:, self.args.words :] = 0  # as the text encoder leaves what is behind a prompt's end
             self.cross_kv = self.model.cross_kv(text.expand(self.args.batch, -1, -1).to(self.device))
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         found |= {"weight_bytes": weights, "modes": modes}

@@ -37,7 +37,7 @@ from .frame_cache import FrameCache
 from .memory import PagedKV
 from .rollout import Denoise, upload
 from .router import choose_blocks
-from .state import StreamState, sdpa
+from .state import StreamState
 from .wan import (
     PATCH,
     Block,
@@ -53,6 +53,7 @@ logger = logging.getLogger("sparse_forcing.fast")
 
 Result = TypeVar("Result")
 CrossKV = list[tuple[Tensor, Tensor]]  # of `WanModel.cross_kv`
+Text = list[tuple[Tensor, Tensor, Tensor]]  # the same with `fused.distinct_rows`
 EXACT, FIRST, LATER = "exact", "first", "later"  # kinds of pass, see FastPass._kind
 KNOWN = (
     WanModel, Block, SelfAttention, CrossAttention, Head, torch.nn.Linear, torch.nn.LayerNorm, torch.nn.RMSNorm,
@@ -210,8 +211,8 @@ class Graph:
 class Prompt:
     """Where graphs find a prompt's keys and values, and the list that they were copied from."""
 
-    own: CrossKV
-    source: CrossKV
+    own: Text
+    source: Text
 
 
 @dataclass
@@ -240,6 +241,7 @@ class FastPass:
         self._opened: object = None  # the open chunk's table object: a new one means a new chunk
         self._tables: tuple[Tensor, ...] = ()
         self._rope: tuple[Tensor, Tensor] | None = None
+        self._text: tuple[CrossKV, Text] | None = None
         self._kept: dict[tuple, Kept] = {}
         self._kept_in_chunk = -1
 
@@ -277,13 +279,14 @@ class FastPass:
         cos, sin = self._rope_of(frames, height, width, x_BCFHW.device)
         inputs = Inputs(x_BCFHW, timestep_BF, cos, sin, self._tables)
         kind = self._kind(clean)
-        shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), cross_kv[0][0]))
+        text = self._text_of(cross_kv)
+        shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), text[0][0]))
         key = (kind, wanted, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores)
         kept = self._kept_of(inputs) if kind != EXACT else None
-        if graph := self._graph_for(key, inputs, cross_kv, kept):
-            flow, shares = self._replay(graph, inputs, cross_kv), graph.shares
+        if graph := self._graph_for(key, inputs, text, kept):
+            flow, shares = self._replay(graph, inputs, text), graph.shares
         else:
-            flow, shares = self._forward(inputs, cross_kv, kind, kept, wanted)
+            flow, shares = self._forward(inputs, text, kind, kept, wanted)
         if kind == FIRST:
             self._kept_in_chunk = self._chunk
         if isinstance(self.memory.cache, PagedKV):
@@ -309,6 +312,12 @@ class FastPass:
         else:
             self._tables = (upload(torch.tensor(cache.current, dtype=torch.int32), x.device),)
         self._rope = None
+
+    def _text_of(self, cross_kv: CrossKV) -> Text:
+        """The prompt, and how many of its rows differ: counted once for each list that is given, on the device."""
+        if self._text is None or self._text[0] is not cross_kv:
+            self._text = cross_kv, [(k, v, fused.distinct_rows(k, v)) for k, v in cross_kv]
+        return self._text[1]
 
     def _rope_of(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rope is None:
@@ -339,7 +348,7 @@ class FastPass:
     # the pass
 
     def _forward(
-        self, inputs: Inputs, cross_kv: CrossKV, kind: str, kept: Kept | None, wanted: bool
+        self, inputs: Inputs, text: Text, kind: str, kept: Kept | None, wanted: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """-> flow [B, C, F, H, W] in x's dtype, None unless `wanted`, and each layer's shares (see `PagedKV`)."""
         model, blocks, backend = self.model, self.prepared.blocks, self.backend
@@ -366,7 +375,7 @@ class FastPass:
                 x, normal = fused.gated_residual_norm(
                     x, y, gates[:, :, 2], *affine, plus_one=False, eight_bits=eight, backend=backend
                 )
-            y = self._cross(block, normal, cross_kv[layer])
+            y = self._cross(block, normal, text[layer])
             with named_range("element-wise"):
                 x, normal = fused.gated_residual_norm(
                     x, y, None, gates[:, :, 4], gates[:, :, 3], eight_bits=eight, backend=backend
@@ -393,13 +402,17 @@ class FastPass:
         )
         return F.linear(x, layer.weight.flatten(1), layer.bias)
 
-    def _cross(self, block: FastBlock, normal: Tensor | fused.Rows8, kv: tuple[Tensor, Tensor]) -> Tensor:
+    def _cross(
+        self, block: FastBlock, normal: Tensor | fused.Rows8, text: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
         with named_range("linear"):
             q = block.cross_q(normal)
         with named_range("element-wise"):
             q = fused.rms_norm(q, block.cross_norm_q, backend=self.backend)
         with named_range("attention"), best_attention(q.device):
-            y = sdpa(q.unflatten(2, (self.model.num_heads, -1)), *kv)
+            y = fused.prompt_attention(
+                q.unflatten(2, (self.model.num_heads, -1)), *text, backend=self.backend
+            )
         with named_range("linear"):
             return block.cross_o(y.flatten(2))
 
@@ -514,7 +527,7 @@ class FastPass:
             return f"the model is on {device}"
         return self.graphs.failure
 
-    def _graph_for(self, key: tuple, inputs: Inputs, cross_kv: CrossKV, kept: Kept | None) -> Graph | None:
+    def _graph_for(self, key: tuple, inputs: Inputs, text: Text, kept: Kept | None) -> Graph | None:
         """The graph for a pass of this key, captured if an earlier chunk had the key; None: run it eagerly.
 
         The first chunk of a kind is the warm-up: kernels are compiled and tested, libraries choose their plans. A
@@ -529,39 +542,39 @@ class FastPass:
             if self.graphs.met.setdefault(key, self._chunk) == self._chunk:
                 return None
             try:
-                self.graphs.captured[key] = self._capture(key, inputs, cross_kv, kept)
+                self.graphs.captured[key] = self._capture(key, inputs, text, kept)
             except RuntimeError as error:  # whatever cannot be captured can still be run
                 self.graphs.failure = f"capture failed: {str(error).strip().splitlines()[0]}"
                 logger.warning("CUDA graphs are not used: %s", self.graphs.failure)
                 return None
         return self.graphs.captured[key]
 
-    def _capture(self, key: tuple, inputs: Inputs, cross_kv: CrossKV, kept: Kept | None) -> Graph:
+    def _capture(self, key: tuple, inputs: Inputs, text: Text, kept: Kept | None) -> Graph:
         kind, wanted = key[:2]
-        own, own_kv = inputs.clone(), self._own_prompt(cross_kv)
+        own, own_text = inputs.clone(), self._own_prompt(text)
         if self.graphs.pool is None:
             self.graphs.pool = new_pool()
-        replay, (flow, shares) = record(lambda: self._forward(own, own_kv, kind, kept, wanted), self.graphs.pool)
+        replay, (flow, shares) = record(lambda: self._forward(own, own_text, kind, kept, wanted), self.graphs.pool)
         return Graph(own, replay, flow, shares)
 
-    def _replay(self, graph: Graph, inputs: Inputs, cross_kv: CrossKV) -> Tensor | None:
-        self._own_prompt(cross_kv)
+    def _replay(self, graph: Graph, inputs: Inputs, text: Text) -> Tensor | None:
+        self._own_prompt(text)
         graph.inputs.copy_(inputs)
         graph.replay()
         return None if graph.flow is None else graph.flow.clone()  # the next pass writes the graph's own
 
-    def _own_prompt(self, cross_kv: CrossKV) -> CrossKV:
+    def _own_prompt(self, text: Text) -> Text:
         """Where graphs find the prompt's keys and values; copied there when another list is given than last time."""
-        shape = tuple(cross_kv[0][0].shape)
+        shape = tuple(text[0][0].shape)
         held = self.graphs.prompts.get(shape)
         if held is None:
-            held = Prompt([(k.clone(), v.clone()) for k, v in cross_kv], cross_kv)
+            held = Prompt([(k.clone(), v.clone(), distinct.clone()) for k, v, distinct in text], text)
             self.graphs.prompts[shape] = held
-        elif held.source is not cross_kv:
-            for mine, theirs in zip(held.own, cross_kv):
+        elif held.source is not text:
+            for mine, theirs in zip(held.own, text):
                 for a, b in zip(mine, theirs):
                     a.copy_(b)
-            held.source = cross_kv
+            held.source = text
         return held.own
 
 

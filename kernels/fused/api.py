@@ -58,7 +58,9 @@ def norm_rope_to_pages(
     expect("slots", slots, (groups, blocks), q.device)
     expect("pooled_k", pooled_k, (groups, k_pages.shape[1], *pooled_k.shape[2:-1], dim), q.device)
     if pooled_k.dim() > 4 or rows % reference.parts_of(pooled_k):
-        raise ValueError(f"pooled_k of shape {list(pooled_k.shape)} does not divide the {rows} rows of a block")
+        raise ValueError(
+            f"pooled_k of shape {list(pooled_k.shape)} does not divide the {rows} rows of a block"
+        )
     args = q, k, v, norm_q, norm_k, cos, sin, tokens, slots, k_pages, v_pages, pooled_k, eps
     if _backend(backend, "norm_rope", q, dim, rows) == "triton":
         from . import triton
@@ -231,6 +233,30 @@ def merge_attention(
 
         return triton.merge_attention(out_a, lse_a, out_b, lse_b)
     return reference.merge_attention(out_a, lse_a, out_b, lse_b)
+
+
+def distinct_rows(k: Tensor, v: Tensor) -> Tensor:
+    """How many rows of k and v [B, M, H, D] say something: from the last of them on, all are one row repeated, as those
+    behind a prompt's end are. -> [B] int32, 1 to M, for `prompt_attention`."""
+    expect("k", k, (None, None, None, None), k.device)
+    expect("v", v, tuple(k.shape), k.device, k.dtype)
+    return reference.distinct_rows(k, v)
+
+
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor, *, backend: str = "auto") -> Tensor:
+    """Attention of q [B, N, H, D] over all M rows of k and v [B, M, H, D], all of one dtype -> [B, N, H, D].
+
+    distinct [B] int32: of `distinct_rows`. Repeated rows are read once and weigh as many as they are.
+    """
+    expect("q", q, (None, None, None, None), q.device)
+    expect("k", k, (q.shape[0], None, *q.shape[2:]), q.device, q.dtype)
+    expect("v", v, tuple(k.shape), q.device, q.dtype)
+    expect("distinct", distinct, (q.shape[0],), q.device, torch.int32)
+    if _backend(backend, "prompt_attention", q, q.shape[3]) == "triton":
+        from . import triton
+
+        return triton.prompt_attention(q, k, v, distinct)
+    return reference.prompt_attention(q, k, v, distinct)
 
 
 def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> Rows8:

@@ -20,6 +20,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
 import triton
+from sparse_forcing_pack.kernels.fused.triton import prompt
 from sparse_forcing_pack.kernels.pbsa.triton import backward, forward, mass, router
 from sparse_forcing_pack.kernels.pbsa.triton.variants import VARIANTS, Shape, Variant, gluon_there
 from triton.backends.compiler import GPUTarget
@@ -41,7 +42,7 @@ SHARED = {
 SPILLED = 200  # bytes a thread: Hopper's 128x64 tile with 4 warps was measured faster than without spills
 BOTH = {"T": 64, "D": 128, "D_PAD": 128, "PADDING": 1, "PRECISION": "tf32"}
 INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt", "position_of", "always", "local"}
-INTEGERS |= {"q_parts", "k_parts", "q_len"}
+INTEGERS |= {"q_parts", "k_parts", "q_len", "distinct"}
 FLOATS = {
     "mass",
     "lse",
@@ -249,6 +250,13 @@ def test_readers(arch):
 def test_mass(arch, tokens, warps):
     constants = {"T": tokens, "D": 128, "D_PAD": 128, "PRECISION": "tf32"}
     check(mass.weigh_pages, arch, constants, warps, 3, f"mass, {tokens} tokens")
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_prompt_attention(arch):
+    tile = dict(prompt.TILE)
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    check(prompt._attend, arch, {"D": 128, "D_PAD": 128, "PRECISION": "tf32", **tile}, warps, stages)
 
 
 @pytest.mark.parametrize("arch", TARGETS)

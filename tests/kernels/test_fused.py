@@ -314,6 +314,36 @@ def test_norms_in_8_bits(precisions, residual):
         assert (error <= limit).float().mean() > 0.8
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows", "distinct", "dim"), [(70, 512, (11,), 24), (130, 96, (40, 96), 64), (33, 20, (1, 20, 7), 16)]
+)
+def test_a_prompt_whose_end_is_one_row_repeated(precisions, tokens, rows, distinct, dim):
+    """As attention over all rows, by prompts of several lengths; also where nothing, or everything, is repeated."""
+    draw, batch, heads = torch.Generator().manual_seed(rows), len(distinct), 2
+    q, k, v = (exact(torch.randn(batch, n, heads, dim, generator=draw)) for n in (tokens, rows, rows))
+    for b, count in enumerate(distinct):
+        k[b, count:], v[b, count:] = k[b, count - 1].clone(), v[b, count - 1].clone()
+    truth = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    torch.testing.assert_close(reference.prompt_attention(q, k, v, torch.tensor(distinct, dtype=torch.int32)), truth)
+    for name, device, dtype in precisions:
+        tensors = [x.to(device, dtype) for x in (q, k, v)]
+        counted = fused.distinct_rows(*tensors[1:])
+        assert counted.tolist() == list(distinct) and counted.dtype == torch.int32
+        found = fused.prompt_attention(*tensors, counted, backend=name).cpu()
+        # weights are rounded to the values' dtype before their product, as in PBSA
+        limit = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+        assert found.dtype == dtype and (found.double() - truth).abs().max() <= limit * truth.abs().max()
+
+
+def test_rows_that_are_not_numbers_are_not_taken_for_repeated():
+    k = torch.full((1, 5, 1, 8), float("nan"))
+    assert fused.distinct_rows(k, k).tolist() == [5]
+    k = torch.zeros(1, 5, 1, 8)
+    v = k.clone()
+    v[0, 2, 0, 3] = 1  # equal keys alone are not enough
+    assert fused.distinct_rows(k, v).tolist() == [4]
+
+
 def test_every_element_is_written(backend, monkeypatch):
     name, device = backend
     if name == "reference":

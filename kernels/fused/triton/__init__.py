@@ -2,6 +2,7 @@
 
 from .pages import pack_pages, unpack_pages
 from .place import blocks_to_tokens, norm_rope_to_frames, norm_rope_to_pages
+from .prompt import prompt_attention
 from .rows import merge_attention, quantise_rows, residual_norm, rms_norm
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "norm_rope_to_frames",
     "norm_rope_to_pages",
     "pack_pages",
+    "prompt_attention",
     "quantise_rows",
     "residual_norm",
     "rms_norm",
