@@ -62,7 +62,7 @@ def forward_overlapped(
     results = out, lse, scale_log2
     if SHARED:
         own = _locate(gl.program_id(0), tables, sizes, apart, 2 * HALF)
-        ring = _ring(rows, 2, T, D, STAGES)
+        ring = ring_of(k_rows, v_rows, T, D, 2, STAGES)
         q_tiles, q_full = _queries(q_rows, 2, D)
         fence_async_shared()
         _fetch_queries(q_rows, own, q_tiles, q_full, 2)
@@ -78,7 +78,7 @@ def forward_overlapped(
     else:
         own = _locate(2 * gl.program_id(0), tables, sizes, apart, HALF)
         other = _locate(2 * gl.program_id(0) + 1, tables, sizes, apart, HALF)
-        ring, other_ring = _ring(rows, 1, T, D, STAGES), _ring(rows, 1, T, D, STAGES)
+        ring, other_ring = ring_of(k_rows, v_rows, T, D, 1, STAGES), ring_of(k_rows, v_rows, T, D, 1, STAGES)
         q_tiles, q_full = _queries(q_rows, 1, D)
         other_q_tiles, other_q_full = _queries(q_rows, 1, D)
         fence_async_shared()
@@ -124,16 +124,8 @@ def _locate(program, tables, sizes, apart, TILE: gl.constexpr):
     q_g, k_g, v_g = apart
     k_row, v_row, q_row = (g * k_g).to(gl.int32), (g * v_g).to(gl.int32), (g * q_g).to(gl.int32)
     q_row += which * list_rows + in_list
-    return (
-        k_row,
-        v_row,
-        q_row,
-        row,
-        keep,
-        idx + row_of_lists * longest + begin,
-        page_len + g * num_slots,
-        count,
-    )
+    pages, lens = idx + row_of_lists * longest + begin, page_len + g * num_slots
+    return k_row, v_row, q_row, row, keep, pages, lens, count
 
 
 @gluon.jit
@@ -146,14 +138,29 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
 
 
 @gluon.jit
-def _ring(rows, readers: gl.constexpr, T: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Room for pages of k and v, and for each page: it is there; its readers have read it."""
-    k_rows, v_rows = rows[1], rows[2]
-    k_tiles = gl.allocate_shared_memory(k_rows.dtype, [STAGES, T, D], k_rows.layout)
-    v_tiles = gl.allocate_shared_memory(v_rows.dtype, [STAGES, T, D], v_rows.layout)
-    k_full, v_full = barriers(STAGES, 1), barriers(STAGES, 1)
-    k_free, v_free = barriers(STAGES, readers), barriers(STAGES, readers)
-    return k_tiles, v_tiles, k_full, k_free, v_full, v_free
+def ring_of(
+    a_rows, b_rows, rows: gl.constexpr, dim: gl.constexpr, readers: gl.constexpr, stages: gl.constexpr
+):
+    """Room for `stages` tiles [rows, dim] of two tensors, and for each: it is there; its readers have read it."""
+    a_tiles = gl.allocate_shared_memory(a_rows.dtype, [stages, rows, dim], a_rows.layout)
+    b_tiles = gl.allocate_shared_memory(b_rows.dtype, [stages, rows, dim], b_rows.layout)
+    a_full, b_full = barriers(stages, 1), barriers(stages, 1)
+    a_free, b_free = barriers(stages, readers), barriers(stages, readers)
+    return a_tiles, b_tiles, a_full, a_free, b_full, b_free
+
+
+@gluon.jit
+def fetch_step(i, a_rows, b_rows, a_row, b_row, ring, stages: gl.constexpr):
+    """Step i's tiles of two tensors, from these rows on, each once its stage is free. A stage's first use waits for
+    nobody: phase 1 of a new barrier counts as over."""
+    a_tiles, b_tiles, a_full, a_free, b_full, b_free = ring
+    at, phase = i % stages, i // stages & 1
+    mbarrier.wait(a_free.index(at), phase ^ 1)
+    mbarrier.expect(a_full.index(at), a_rows.block_type.nbytes)
+    fetch(a_rows, [a_row, 0], a_full.index(at), a_tiles.index(at))
+    mbarrier.wait(b_free.index(at), phase ^ 1)
+    mbarrier.expect(b_full.index(at), b_rows.block_type.nbytes)
+    fetch(b_rows, [b_row, 0], b_full.index(at), b_tiles.index(at))
 
 
 @gluon.jit
@@ -170,19 +177,11 @@ def _fetch_queries(q_rows, own, q_tiles, q_full, halves: gl.constexpr):
 
 @gluon.jit
 def _fetch_pages(rows, own, ring, T: gl.constexpr, STAGES: gl.constexpr):
-    """A loading warp. A stage's first use waits for nobody: phase 1 of a new barrier counts as over."""
-    k_rows, v_rows = rows[1], rows[2]
+    """A loading warp."""
     k_row, v_row, pages, count = own[0], own[1], own[5], own[7]
-    k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     for i in range(count):
-        at, phase = i % STAGES, i // STAGES & 1
         row = gl.load(pages + i) * T
-        mbarrier.wait(k_free.index(at), phase ^ 1)
-        mbarrier.expect(k_full.index(at), k_rows.block_type.nbytes)
-        fetch(k_rows, [k_row + row, 0], k_full.index(at), k_tiles.index(at))
-        mbarrier.wait(v_free.index(at), phase ^ 1)
-        mbarrier.expect(v_full.index(at), v_rows.block_type.nbytes)
-        fetch(v_rows, [v_row + row, 0], v_full.index(at), v_tiles.index(at))
+        fetch_step(i, rows[1], rows[2], k_row + row, v_row + row, ring, STAGES)
 
 
 @gluon.jit
@@ -208,9 +207,7 @@ def _attend(
     mbarrier.wait(q_full.index(0), 0)
     if count > 0:
         length = gl.load(lens + gl.load(pages))
-        slot = gl.load(
-            pages + gl.minimum(1, count - 1)
-        )  # of the next page; its length is read in the step before
+        slot = gl.load(pages + gl.minimum(1, count - 1))  # the next page's: its length is read a step before
         mbarrier.wait(k_full.index(0), 0)
         scores = warpgroup_mma(
             q_tile, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
@@ -252,9 +249,8 @@ def _attend(
     rows = begin + gl.arange(0, HALF, layout=in_scored)
     gl.store(lse + (row + rows), row_lse, mask=rows < keep)
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
-    q_tile.store(
-        (acc / gl.convert_layout(safe_mass, in_summed)[:, None]).to(dtype)
-    )  # by way of room not needed now
+    result = acc / gl.convert_layout(safe_mass, in_summed)[:, None]
+    q_tile.store(result.to(dtype))  # to be read in another order; the queries are not needed any more
     tile = q_tile.load(stored)
     rows = begin + gl.arange(0, HALF, layout=gl.SliceLayout(1, stored))
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, stored))

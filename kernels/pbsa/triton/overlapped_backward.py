@@ -17,17 +17,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .overlapped import HALF, barriers, fetch  # HALF: rows of a warp group, and here of a step, too
-
-
-@gluon.jit
-def _ring(rows, D: gl.constexpr, STAGES: gl.constexpr):
-    """Room for tiles of two tensors, and for each tile: it is there; both warp groups have read it."""
-    a_tiles = gl.allocate_shared_memory(rows.dtype, [STAGES, HALF, D], rows.layout)
-    b_tiles = gl.allocate_shared_memory(rows.dtype, [STAGES, HALF, D], rows.layout)
-    a_full, b_full = barriers(STAGES, 1), barriers(STAGES, 1)
-    a_free, b_free = barriers(STAGES, 2), barriers(STAGES, 2)
-    return a_tiles, b_tiles, a_full, a_free, b_full, b_free
+from .overlapped import (
+    HALF,
+    barriers,
+    fetch,
+    fetch_step,
+    ring_of,
+)  # HALF: rows of a warp group, and here of a step, too
 
 
 @gluon.jit
@@ -48,16 +44,9 @@ def _fetch_own(a_rows, b_rows, a_first, b_first, D: gl.constexpr):
 def _fetch_steps(a_rows, b_rows, a_first, b_first, ring, listed, count, STAGES: gl.constexpr):
     """The loading warp: of each of `count` blocks or pages that are listed, both halves, one step each. a_first,
     b_first: the group's first rows."""
-    a_tiles, b_tiles, a_full, a_free, b_full, b_free = ring
     for i in range(2 * count):
         row = gl.load(listed + i // 2) * (2 * HALF) + i % 2 * HALF
-        at, phase = i % STAGES, i // STAGES & 1
-        mbarrier.wait(a_free.index(at), phase ^ 1)
-        mbarrier.expect(a_full.index(at), a_rows.block_type.nbytes)
-        fetch(a_rows, [a_first + row, 0], a_full.index(at), a_tiles.index(at))
-        mbarrier.wait(b_free.index(at), phase ^ 1)
-        mbarrier.expect(b_full.index(at), b_rows.block_type.nbytes)
-        fetch(b_rows, [b_first + row, 0], b_full.index(at), b_tiles.index(at))
+        fetch_step(i, a_rows, b_rows, a_first + row, b_first + row, ring, STAGES)
 
 
 @gluon.jit
@@ -95,7 +84,7 @@ def queries(
     g = gl.program_id(1)
     block = gl.program_id(0)
     row_of_lists = g.to(gl.int64) * num_lists + block
-    ring = _ring(k_rows, D, STAGES)
+    ring = ring_of(k_rows, v_rows, HALF, D, 2, STAGES)
     grad_row = (g * num_lists + block) * (2 * HALF)
     q_halves, grad_halves, own_full = _fetch_own(q_rows, grad_rows, g * q_g + block * (2 * HALF), grad_row, D)
     listed = idx + row_of_lists * longest, page_len + g.to(gl.int64) * num_slots, gl.load(cnt + row_of_lists)
@@ -200,7 +189,7 @@ def pages(
     target = g.to(gl.int64) * num_targets + gl.program_id(0)
     slot = gl.load(targets + target)
     rows = g.to(gl.int64) * blocks * (2 * HALF)
-    ring = _ring(q_rows, D, STAGES)
+    ring = ring_of(q_rows, grad_rows, HALF, D, 2, STAGES)
     own_row = slot * (2 * HALF)
     k_halves, v_halves, own_full = _fetch_own(k_rows, v_rows, g * k_g + own_row, g * v_g + own_row, D)
     read_by = readers + target * blocks, gl.load(reader_cnt + target)
