@@ -432,10 +432,8 @@ def forward_variants(tokens: int, shared: bool) -> Iterator[tuple]:
     """(kind, rows, keys, warps, stages), the promising ones first, those known for NaN last."""
     rows = (128, 64) if tokens == 128 or shared else (64,)
     keys = (128, 64) if tokens == 128 else (64,)
-    if 128 in rows:
-        yield from (
-            ("overlapped", 128, tokens, 4, stages) for stages in ((2,) if tokens == 128 else (3, 4, 5))
-        )
+    for stages in (2, 3) if tokens == 128 or not shared else (3, 4, 6):
+        yield "overlapped", rows[0], tokens, 4, stages
     for r, k in itertools.product(rows, keys):
         if r == 128:
             yield from (("specialised", r, k, 4, stages) for stages in (2, 3))
@@ -556,9 +554,7 @@ def sweep_router(tokens: int, keys: int, clock: Clock, report: Report, deadline:
     found = [(clock.ms(run), "as chosen", True)]
     tiles = [
         {"ROWS": rows, "SLOTS": wide, "STEP": step, "PLACES": places}
-        for rows, wide, step, places in itertools.product(
-            (16, 32), (32, 64, 128), (32, 64, 128), (32, 64, 256)
-        )
+        for rows, wide, step, places in itertools.product((16, 32), (32, 64, 128), (32, 64, 128), (32, 64, 256))
     ]
     plan = [(tile, router.warps_for) for tile in tiles] + [
         (kept[0], lambda _, warps=warps: warps) for warps in (1, 2, 4, 8)

@@ -58,9 +58,7 @@ def norm_rope_to_pages(
     expect("slots", slots, (groups, blocks), q.device)
     expect("pooled_k", pooled_k, (groups, k_pages.shape[1], *pooled_k.shape[2:-1], dim), q.device)
     if pooled_k.dim() > 4 or rows % reference.parts_of(pooled_k):
-        raise ValueError(
-            f"pooled_k of shape {list(pooled_k.shape)} does not divide the {rows} rows of a block"
-        )
+        raise ValueError(f"pooled_k of shape {list(pooled_k.shape)} does not divide the {rows} rows of a block")
     args = q, k, v, norm_q, norm_k, cos, sin, tokens, slots, k_pages, v_pages, pooled_k, eps
     if _backend(backend, "norm_rope", q, dim, rows) == "triton":
         from . import triton

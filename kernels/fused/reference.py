@@ -153,9 +153,8 @@ def distinct_rows(k: Tensor, v: Tensor) -> Tensor:
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor) -> Tensor:
     """See `api.prompt_attention`. On a CPU, where reading `distinct` costs nothing, without the repeated rows."""
     if q.device.type == "cpu" and (most := int(distinct.max())) < k.shape[1]:
-        wide = torch.promote_types(
-            q.dtype, torch.float32
-        )  # a logarithm in bfloat16 would be off by a hundredth
+        # a logarithm in bfloat16 would be off by a hundredth
+        wide = torch.promote_types(q.dtype, torch.float32)
         row, last = torch.arange(most), distinct[:, None] - 1
         times = torch.where(row == last, k.shape[1] - last, 1) * (row <= last)  # [B, most]
         bias = times.to(wide).log()[:, None, None]  # -inf behind the last

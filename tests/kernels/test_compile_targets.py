@@ -43,27 +43,11 @@ SPILLED = 200  # bytes a thread: Hopper's 128x64 tile with 4 warps was measured 
 BOTH = {"T": 64, "D": 128, "D_PAD": 128, "PADDING": 1, "PRECISION": "tf32"}
 INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt", "position_of", "always", "local"}
 INTEGERS |= {"q_parts", "k_parts", "q_len", "distinct"}
-FLOATS = {
-    "mass",
-    "lse",
-    "lse_log2",
-    "delta",
-    "grad_lse",
-    "pooled_q",
-    "pooled_k",
-    "shares",
-    "scores",
-    "pooled",
-}
+FLOATS = {"mass", "lse", "lse_log2", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores", "pooled"}
 HALVES = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "pages"}
 
 
-DESCRIBED = {
-    "q_rows",
-    "k_rows",
-    "v_rows",
-    "grad_rows",
-}  # what the overlapped kernels are given descriptors of
+DESCRIBED = {"q_rows", "k_rows", "v_rows", "grad_rows"}  # what the overlapped kernels get descriptors of
 
 
 def described_as(rows: int, dim: int) -> str:
@@ -256,7 +240,7 @@ def test_mass(arch, tokens, warps):
 def test_prompt_attention(arch):
     tile = dict(prompt.TILE)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-    check(prompt._attend, arch, {"D": 128, "D_PAD": 128, "PRECISION": "tf32", **tile}, warps, stages)
+    check(prompt.attend_prompt, arch, {"D": 128, "D_PAD": 128, "PRECISION": "tf32", **tile}, warps, stages)
 
 
 @pytest.mark.parametrize("arch", TARGETS)

@@ -23,7 +23,7 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor) -> Tenso
     out = torch.empty((batch, count, heads, dim), dtype=q.dtype, device=q.device)
     tile = TILE32 if q.dtype == torch.float32 else TILE
     with torch.cuda.device_of(q):
-        _attend[(triton.cdiv(count, tile["ROWS"]), heads, batch)](
+        attend_prompt[(triton.cdiv(count, tile["ROWS"]), heads, batch)](
             q, k, v, distinct, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             count, k.shape[1], dim**-0.5 * math.log2(math.e),
             D=dim, D_PAD=triton.next_power_of_2(dim), PRECISION=precision(q.dtype), **tile,
@@ -32,7 +32,7 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor) -> Tenso
 
 
 @triton.jit(do_not_specialize=["count", "num_keys"])
-def _attend(
+def attend_prompt(
     q, k, v, distinct, out,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, count, num_keys, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,

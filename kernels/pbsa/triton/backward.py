@@ -225,16 +225,7 @@ def transpose_lists(idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int) -> t
 
 @triton.jit(do_not_specialize=["num_lists", "longest", "shared_by"])
 def find_readers(
-    idx,
-    cnt,
-    targets,
-    readers,
-    reader_cnt,
-    num_lists,
-    longest,
-    shared_by,
-    LISTS: tl.constexpr,
-    STEP: tl.constexpr,
+    idx, cnt, targets, readers, reader_cnt, num_lists, longest, shared_by, LISTS: tl.constexpr, STEP: tl.constexpr
 ):
     """One target page: LISTS lists at a time are searched for it, STEP entries at a time."""
     g = tl.program_id(1).to(tl.int64)
