@@ -45,8 +45,6 @@ INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt", "posit
 INTEGERS |= {"q_parts", "k_parts", "q_len", "distinct"}
 FLOATS = {"mass", "lse", "lse_log2", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores", "pooled"}
 HALVES = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "pages"}
-
-
 DESCRIBED = {"q_rows", "k_rows", "v_rows", "grad_rows"}  # what the overlapped kernels get descriptors of
 
 
@@ -81,19 +79,23 @@ def compiled(kernel, arch: int, constants: dict, warps: int, stages: int, source
     return triton.compile(code, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def usage(binary) -> tuple[int, int]:
-    """Registers and bytes of stack a thread (spills), as the disassembler that Triton brings along reports them."""
+def dumped(binary, what: str) -> str:
+    """What the disassembler that Triton brings along says of a kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton has no cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    assert found is not None, done.stdout
+        done = subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def usage(binary) -> tuple[int, int]:
+    """Registers and bytes of stack a thread (spills)."""
+    said = dumped(binary, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found is not None, said
     return int(found[1]), int(found[2])
 
 
@@ -162,13 +164,7 @@ def gluon():
 
 def tensor_core_order(binary) -> list[str]:
     """Of the assembler's program: products, waits for them, and exponentials, runs of one kind as one."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [tool, "--dump-sass", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kinds = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2", listing)
+    kinds = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2", dumped(binary, "--dump-sass"))
     return [kind for kind, _ in itertools.groupby(kinds)]
 
 

@@ -200,9 +200,7 @@ def test_router_at_full_size(slots):
 
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_mass_in_bfloat16(tokens):
-    problem = (
-        make_problem(blocks=6, slots=20, tokens=tokens, dim=128, longest=12).to(torch.bfloat16).to("cuda")
-    )
+    problem = make_problem(blocks=6, slots=20, tokens=tokens, dim=128, longest=12).to(torch.bfloat16).to("cuda")
     _, lse = problem.run("triton")
     facts = problem.q, problem.k_pages, problem.page_len, problem.lists, lse
     found, expected = (attention_mass(*facts, backend=name) for name in ("triton", "reference"))

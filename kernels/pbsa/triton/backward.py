@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import reference
 from .forward import PADDING, precision, unit_rows
 from .primitives import load_rows, store_rows
-from .variants import HALVES, Shape, gluon_there, logger, shape_of, small_problem
+from .variants import OVERLAPPED_128, Shape, logger, shape_of, small_problem
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,7 @@ def backward(
 def overlaps(shape: Shape, device: torch.device) -> bool:
     """Whether the kernels of `overlapped_backward` serve a call. The first of a kind tests them, which waits for the
     device; while a CUDA graph is captured, what was not tested is not used."""
-    if not (
-        shape.capability == (9, 0)
-        and shape.dtype in HALVES
-        and shape.tokens == 128
-        and shape.dim in (64, 128)
-        and shape.whole_pages
-        and shape.padding != "any"
-        and not shape.shared
-        and gluon_there()
-    ):
+    if shape.shared or not OVERLAPPED_128.wants(shape):
         return False
     if (shape, device) not in _overlaps:
         if torch.cuda.is_current_stream_capturing():

@@ -24,9 +24,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .forward import RUN_TIME
+
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
 HALF = gl.constexpr(64)  # query rows of a warp group
-RUN_TIME = ["whole", "parts", "num_rows", "tiles", "list_rows", "num_lists", "longest", "num_slots"]
+
+
+@gluon.constexpr_function
+def product(columns):
+    """How a warp group holds a product of 64 rows."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def in_rows(dim):
+    """How a warp group holds rows that it stores, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
 
 
 def described(x: Tensor, rows: int) -> TensorDescriptor:
@@ -194,8 +207,8 @@ def _attend(
     k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     out, lse, scale_log2 = results
     dtype: gl.constexpr = q_tile.dtype
-    scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
-    summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    scored: gl.constexpr = product(T)
+    summed: gl.constexpr = product(D)
     weighed: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
     in_scored: gl.constexpr = gl.SliceLayout(1, scored)
     in_summed: gl.constexpr = gl.SliceLayout(1, summed)
@@ -248,7 +261,7 @@ def _attend(
     row_lse = gl.where(mass == 0.0, float("-inf"), (top + gl.log2(safe_mass)) * 0.6931471805599453)  # ln 2
     rows = begin + gl.arange(0, HALF, layout=in_scored)
     gl.store(lse + (row + rows), row_lse, mask=rows < keep)
-    stored: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
+    stored: gl.constexpr = in_rows(D)
     result = acc / gl.convert_layout(safe_mass, in_summed)[:, None]
     q_tile.store(result.to(dtype))  # to be read in another order; the queries are not needed any more
     tile = q_tile.load(stored)

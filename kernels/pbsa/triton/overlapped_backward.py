@@ -17,13 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .overlapped import (
-    HALF,
-    barriers,
-    fetch,
-    fetch_step,
-    ring_of,
-)  # HALF: rows of a warp group, and here of a step, too
+# HALF: rows of a warp group, and here of a step, too
+from .overlapped import HALF, barriers, fetch, fetch_step, in_rows, product, ring_of
 
 
 @gluon.jit
@@ -58,7 +53,7 @@ def _start(a_tile, b_tile, nothing):
 @gluon.jit
 def _store(target, first, tile, D: gl.constexpr):
     """Rows of a warp group, float32, to rows of `target` from `first` on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
+    layout: gl.constexpr = in_rows(D)
     rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     gl.store(
@@ -113,8 +108,8 @@ def _query_rows(
     pages, lens, count = listed
     lse_log2, delta, dq, scale, scale_log2 = facts
     dtype: gl.constexpr = q_tile.dtype
-    scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    scored: gl.constexpr = product(HALF)
+    summed: gl.constexpr = product(D)
     weighed: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
     rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, scored))
     row_lse, row_delta = gl.load(lse_log2 + rows), gl.load(delta + rows)
@@ -221,8 +216,8 @@ def _page_keys(
     read_by, count = readers
     lse_log2, delta, dk, dv, scale, scale_log2 = facts
     dtype: gl.constexpr = k_tile.dtype
-    scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    scored: gl.constexpr = product(HALF)
+    summed: gl.constexpr = product(D)
     weighed: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
     in_step = gl.arange(0, HALF, layout=gl.SliceLayout(0, scored))
     valid = gl.arange(0, HALF, layout=gl.SliceLayout(1, scored)) < length

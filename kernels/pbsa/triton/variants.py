@@ -109,8 +109,9 @@ BIG_MEMORY = (
 )  # 160 KiB of shared memory or more a multiprocessor; others have 100
 FLOAT32 = (torch.float32,)
 
+OVERLAPPED_128 = Variant("overlapped", 128, 128, 4, 2, HOPPER, tokens=(128,), residents=1)
 VARIANTS = (
-    Variant("overlapped", 128, 128, 4, 2, HOPPER, tokens=(128,), residents=1),
+    OVERLAPPED_128,
     Variant("specialised", 128, 128, 4, 2, HOPPER, tokens=(128,), residents=1),
     Variant("descriptors", 128, 128, 8, 2, HOPPER, tokens=(128,), residents=1),
     Variant("pointers", 128, 64, 4, 3, HOPPER, tokens=(128,), residents=2),
