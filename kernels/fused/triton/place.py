@@ -1,8 +1,8 @@
 """From projections to rotated, stored keys and values; and from blocks of output back to tokens.
 
-Two launches. The RMSNorm of q and k runs over all heads, so its factor is found first, one program a token. Then one
-program takes one head of one block: it scales, rotates and stores the tile, and, because it holds the whole block,
-pools it. The second launch finds most of what it reads in L2, where the first one left it.
+Two launches. The RMSNorm of q and k runs over all heads, so its factor is found first, one program a token. Then a
+program takes one head of one block of q, k or v: it scales, rotates, stores and pools it, a few rows at a time. The
+second launch finds most of what it reads in L2, where the first one left it.
 
 The same kernel serves pages and frames; they differ in where a block's rows come from and go to.
 """
@@ -18,6 +18,7 @@ from ..reference import FP8_MAX, SMALLEST, Rows8, parts_of
 from .rows import to_8_bits
 
 FRAME_ROWS = 64  # tokens of a frame that one program takes
+HELD_ROWS = 32  # of a block, by a program at once: all 128 took 255 registers a thread, and spilled
 
 
 def norm_rope_to_pages(
@@ -124,13 +125,13 @@ def _launch(
             q, k, factors, *q.stride()[:2], *k.stride()[:2], eps,
             C=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
         )  # fmt: skip
-        _place[(width // dim, blocks, batch)](
+        _place[(3 * (width // dim), blocks, batch)](
             q, k, v, norm_q.contiguous(), norm_k.contiguous(), cos.contiguous(), sin.contiguous(), factors,
             tokens, slots, q_store, k_store, v_store, pooled_q, pooled_k, count, size,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *q_store.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3],
-            ROWS=rows, D=dim, ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim),
-            PAGES=tokens is not None, PARTS=parts, num_warps=4,
+            ROWS=rows, HELD=min(HELD_ROWS, triton.next_power_of_2(rows // parts)),
+            D=dim, D_PAD=triton.next_power_of_2(dim), PAGES=tokens is not None, PARTS=parts, num_warps=4,
         )  # fmt: skip
 
 
@@ -149,93 +150,100 @@ def _inverse_rms(q, k, factors, q_b, q_n, k_b, k_n, eps, C: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _load_tile(start, token, keep, stride, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Rows `token` of one head, [ROWS_PAD, D_PAD] float32; 0 where not kept."""
-    dims = tl.arange(0, D_PAD)
-    at = start + token[:, None].to(tl.int64) * stride + dims[None, :]
-    return tl.load(at, mask=keep[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
+def _rotate(x, cos, sin, ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    """Turn the interleaved pairs of [ROWS, D_PAD] by [ROWS, D_PAD / 2]."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, D_PAD // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, D_PAD))
 
 
 @triton.jit
-def _rotate(x, cos, sin, ROWS_PAD: tl.constexpr, D_PAD: tl.constexpr):
-    """Turn the interleaved pairs of [ROWS_PAD, D_PAD] by [ROWS_PAD, D_PAD / 2]."""
-    even, odd = tl.split(tl.reshape(x, (ROWS_PAD, D_PAD // 2, 2)))
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS_PAD, D_PAD))
-
-
-@triton.jit
-def _store_tile(start, row, keep, stride, tile, D: tl.constexpr, D_PAD: tl.constexpr):
-    dims = tl.arange(0, D_PAD)
-    at = start + row[:, None].to(tl.int64) * stride + dims[None, :]
-    tl.store(at, tile, mask=keep[:, None] & (dims < D)[None, :])
-
-
-@triton.jit
-def _store_means(
-    pooled, block, stored, keep,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, ROWS_PAD: tl.constexpr, D_PAD: tl.constexpr,
+def _place_rows(
+    x, x_n, norm, factors, cos, sin, tokens, first_token, inside, store, store_n, means,
+    ROWS: tl.constexpr, HELD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The means of the parts of a block's rows as stored, of which those without a token are zero."""
-    dims = tl.arange(0, D_PAD)
-    values = stored.to(tl.float32)
-    for part in tl.static_range(PARTS):
-        mine, tile = keep, values
-        if PARTS > 1:
-            mine = keep & (tl.arange(0, ROWS_PAD) // (ROWS // PARTS) == part)
-            tile = tl.where(mine[:, None], values, 0.0)
-        length = tl.maximum(tl.sum(mine.to(tl.int32), axis=0), 1)
-        tl.store(pooled + (block * PARTS + part) * D + dims, tl.sum(tile, axis=0) / length, mask=dims < D)
+    """One head's rows of a block, from x [N, D] to store [ROWS, D]: those of q and k scaled, rotated and pooled, those of
+    v, which have no `norm`, as they are. `inside`: how many rows of a frame are left; a page is written whole."""
+    dims, pairs = tl.arange(0, D_PAD), tl.arange(0, D_PAD // 2)
+    PART: tl.constexpr = ROWS // PARTS
+    for part in range(PARTS):
+        total = tl.zeros((HELD, D_PAD), tl.float32)
+        count = 0
+        for first in range(0, PART, HELD):
+            in_part = first + tl.arange(0, HELD)
+            row = part * PART + in_part
+            if PAGES:  # the table says which token stands in which row
+                written = in_part < PART
+                token = tl.load(tokens + row, mask=written, other=-1)
+                keep = token >= 0
+            else:
+                written = row < inside
+                token = first_token + row
+                keep = written
+            far = token[:, None].to(tl.int64)
+            mask = keep[:, None] & (dims < D)[None, :]
+            tile = tl.load(x + far * x_n + dims[None, :], mask=mask, other=0.0)
+            if norm is not None:
+                mask = keep[:, None] & (pairs < D // 2)[None, :]
+                turn_cos = tl.load(cos + far * (D // 2) + pairs[None, :], mask=mask, other=0.0)
+                turn_sin = tl.load(sin + far * (D // 2) + pairs[None, :], mask=mask, other=0.0)
+                scaled = tile.to(tl.float32) * tl.load(factors + token, mask=keep, other=0.0)[:, None]
+                scaled *= tl.load(norm + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
+                tile = _rotate(scaled, turn_cos, turn_sin, HELD, D_PAD)
+            stored = tile.to(store.dtype.element_ty)
+            to = store + row[:, None].to(tl.int64) * store_n + dims[None, :]
+            tl.store(to, stored, mask=written[:, None] & (dims < D)[None, :])
+            if means is not None:  # of the rows as stored, of which those without a token are zero
+                total += stored.to(tl.float32)
+                count += tl.sum(keep.to(tl.int32), axis=0)
+        if means is not None:
+            mean = tl.sum(total, axis=0) / tl.maximum(count, 1)
+            tl.store(means + part * D + dims, mean, mask=dims < D)
 
 
 @triton.jit(do_not_specialize=["count", "size"])
 def _place(
-    q, k, v, norm_q, norm_k, cos, sin, factors, tokens, slots,
-    q_store, k_store, v_store, pooled_q, pooled_k, count, size,
+    q, k, v, norm_q, norm_k, cos, sin, factors, tokens, slots, q_store, k_store, v_store, pooled_q, pooled_k, count, size,
     q_b, q_n, k_b, k_n, v_b, v_n, qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, vs_b, vs_h, vs_n,
-    ROWS: tl.constexpr, D: tl.constexpr, ROWS_PAD: tl.constexpr, D_PAD: tl.constexpr, PAGES: tl.constexpr,
+    ROWS: tl.constexpr, HELD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    h, block, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    group, blocks = b * tl.num_programs(0) + h, tl.num_programs(1)
-    rows, dims = tl.arange(0, ROWS_PAD), tl.arange(0, D_PAD)
-    if PAGES:  # the table says which token stands in which row; all rows of the page are written
-        token = tl.load(tokens + block * ROWS + rows, mask=rows < ROWS, other=-1)
-        keep, written = token >= 0, rows < ROWS
+    heads = tl.num_programs(0) // 3  # a program each for q, k and v
+    h, which = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
+    block, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group, blocks = b * heads + h, tl.num_programs(1)
+    if PAGES:
         slot = tl.load(slots + group * blocks + block).to(tl.int64)
-        q_row, kv_row = block * ROWS + rows, slot * ROWS + rows
-    else:  # tokens stand as they are, `size` a frame; only rows of this frame are written
+        q_row, kv_row = block.to(tl.int64) * ROWS, slot * ROWS
+        first, inside = 0, ROWS
+        tokens += block * ROWS
+        pooled_q += (group * blocks + block) * PARTS * D
+        pooled_k += (group * size + slot) * PARTS * D
+    else:  # tokens stand as they are, `size` a frame, of which a block is a piece
         pieces = (size + ROWS - 1) // ROWS
-        row = (block % pieces) * ROWS + rows
-        token = (block // pieces) * size + row
-        keep = row < size
-        written = keep
+        row = (block % pieces) * ROWS
         slot = tl.load(slots + block // pieces).to(tl.int64)
-        q_row, kv_row = token, slot * size + row
-
-    pairs = tl.arange(0, D_PAD // 2)
-    at = token[:, None].to(tl.int64) * (D // 2) + pairs[None, :]
-    inside = keep[:, None] & (pairs < D // 2)[None, :]
-    turn_cos, turn_sin = tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
-
-    tile = _load_tile(q + b * q_b + h * D, token, keep, q_n, D, D_PAD)
-    tile *= tl.load(factors + b * count + token, mask=keep, other=0.0)[:, None]
-    tile *= tl.load(norm_q + h * D + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
-    stored = _rotate(tile, turn_cos, turn_sin, ROWS_PAD, D_PAD).to(q_store.dtype.element_ty)
-    _store_tile(q_store + b * qs_b + h * qs_h, q_row, written, qs_n, stored, D, D_PAD)
-    if PAGES:
-        _store_means(pooled_q, group * blocks + block, stored, keep, ROWS, PARTS, D, ROWS_PAD, D_PAD)
-
-    tile = _load_tile(k + b * k_b + h * D, token, keep, k_n, D, D_PAD)
-    at = (tl.num_programs(2) + b) * count + token
-    tile *= tl.load(factors + at, mask=keep, other=0.0)[:, None]
-    tile *= tl.load(norm_k + h * D + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
-    stored = _rotate(tile, turn_cos, turn_sin, ROWS_PAD, D_PAD).to(k_store.dtype.element_ty)
-    _store_tile(k_store + b * ks_b + h * ks_h, kv_row, written, ks_n, stored, D, D_PAD)
-    if PAGES:
-        _store_means(pooled_k, group * size + slot, stored, keep, ROWS, PARTS, D, ROWS_PAD, D_PAD)
-
-    tile = _load_tile(v + b * v_b + h * D, token, keep, v_n, D, D_PAD).to(v_store.dtype.element_ty)
-    _store_tile(v_store + b * vs_b + h * vs_h, kv_row, written, vs_n, tile, D, D_PAD)
+        first, inside = (block // pieces) * size + row, size - row
+        q_row, kv_row = first.to(tl.int64), slot * size + row
+    if which == 0:
+        x, store = q + b * q_b + h * D, q_store + b * qs_b + h * qs_h + q_row * qs_n
+        _place_rows(
+            x, q_n, norm_q + h * D, factors + b * count, cos, sin, tokens, first, inside, store, qs_n, pooled_q,
+            ROWS, HELD, D, D_PAD, PAGES, PARTS,
+        )  # fmt: skip
+    elif which == 1:
+        x, store = k + b * k_b + h * D, k_store + b * ks_b + h * ks_h + kv_row * ks_n
+        of_k = factors + (tl.num_programs(2) + b) * count
+        _place_rows(
+            x, k_n, norm_k + h * D, of_k, cos, sin, tokens, first, inside, store, ks_n, pooled_k,
+            ROWS, HELD, D, D_PAD, PAGES, PARTS,
+        )  # fmt: skip
+    else:
+        x, store = v + b * v_b + h * D, v_store + b * vs_b + h * vs_h + kv_row * vs_n
+        _place_rows(
+            x, v_n, None, factors, cos, sin, tokens, first, inside, store, vs_n, None,
+            ROWS, HELD, D, D_PAD, PAGES, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
