@@ -553,8 +553,8 @@ def sweep_router(tokens: int, keys: int, clock: Clock, report: Report, deadline:
     kept, expected = (router.SCORE_TILE, router.warps_for), run()[0].idx
     found = [(clock.ms(run), "as chosen", True)]
     tiles = [
-        {"ROWS": rows, "SLOTS": wide, "STEP": step, "PLACES": places}
-        for rows, wide, step, places in itertools.product((16, 32), (32, 64, 128), (32, 64, 128), (32, 64, 256))
+        {"ROWS": rows, "SLOTS": wide, "PLACES": places}
+        for rows, wide, places in itertools.product((16, 32, 64), (32, 64, 128), (64, 128, 256))
     ]
     plan = [(tile, router.warps_for) for tile in tiles] + [
         (kept[0], lambda _, warps=warps: warps) for warps in (1, 2, 4, 8)

@@ -222,7 +222,8 @@ def test_backward(arch, tokens):
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_readers(arch):
-    check(backward.find_readers, arch, {"LISTS": 64, "STEP": 32}, 4, 3)
+    tile = dict(backward.READERS_TILE)
+    check(backward.find_readers, arch, tile, tile.pop("num_warps"), 3)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -242,7 +243,7 @@ def test_prompt_attention(arch):
 @pytest.mark.parametrize("arch", TARGETS)
 def test_router(arch):
     check(router.pool, arch, {"T": 64, "D": 128, "D_PAD": 128}, 4, 3)
-    check(router.score, arch, {"D": 128} | router.SCORE_TILE, 4, 3)
+    check(router.score, arch, {"D": 128, "D_PAD": 128} | router.SCORE_TILE, 4, 3)
     check(router.select, arch, {"SLOTS": 512}, router.warps_for(512), 3)
     for slots in (256, 512):
         tile = {"PARTS": 4, "SLOTS": slots}

@@ -48,9 +48,9 @@ def ptx(kernel, arch: int, constants: dict, warps: int, absent=(), bytes_out=Fal
 def test_rows(arch):
     wide = {"C": 1536, "BLOCK": 2048}
     for text in (
-        ptx(rows._residual_norm, arch, wide | {"PLUS_ONE": True}, rows._warps(1536), absent=("unit",)),
-        ptx(rows._rms_norm, arch, wide, rows._warps(1536)),
-        ptx(place._inverse_rms, arch, wide, 4),
+        ptx(rows._residual_norm, arch, wide | {"PLUS_ONE": True}, rows.warps_for(1536), absent=("unit",)),
+        ptx(rows._rms_norm, arch, wide, rows.warps_for(1536)),
+        ptx(place._inverse_rms, arch, wide | {"ROWS": 2}, rows.warps_for(1536)),
         ptx(rows._merge, arch, {"D": 128, "ROWS": 32, "D_PAD": 128}, 4),
     ):
         assert re.search(r"ld\.global\S*\.v4\.b32", text), "16 bytes a load"
@@ -62,8 +62,8 @@ def test_quantise(arch):
     heads = {"HEADS": 12, "D": 128, "HEADS_PAD": 16, "D_PAD": 128}
     norm = {"C": 1536, "BLOCK": 2048, "PLUS_ONE": True}
     for text in (
-        ptx(rows._quantise_rows, arch, wide, rows._warps(8960), bytes_out=True),
-        ptx(rows._residual_norm, arch, norm, rows._warps(1536), bytes_out=True),
+        ptx(rows._quantise_rows, arch, wide, rows.warps_for(8960), bytes_out=True),
+        ptx(rows._residual_norm, arch, norm, rows.warps_for(1536), bytes_out=True),
         ptx(place._to_tokens_in_8_bits, arch, heads, 4, bytes_out=True),
     ):
         assert "e4m3x2" in text and re.search(r"st\.global\S*\.b(32|64)|st\.global\S*\.v\d\.b32", text)
@@ -75,7 +75,8 @@ def test_place(arch, paged):
     tile = {"ROWS": 64, "D": 128, "ROWS_PAD": 64, "D_PAD": 128}
     absent = () if paged else ("tokens", "pooled_q", "pooled_k")
     for parts in (1, 4) if paged else (1,):
-        text = ptx(place._place, arch, tile | {"PAGES": paged, "PARTS": parts}, 4, absent)
+        piece = {"ROWS": 64, "HELD": 32 // parts, "D": 128, "D_PAD": 128, "PAGES": paged, "PARTS": parts}
+        text = ptx(place._place, arch, piece, 4, absent)
         assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.v4\.b32", text)
     text = ptx(place._to_tokens, arch, tile, 4)
     assert re.search(r"st\.global\S*\.v4\.b32", text)

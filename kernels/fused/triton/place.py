@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import FP8_MAX, SMALLEST, Rows8, parts_of
-from .rows import to_8_bits
+from .rows import to_8_bits, warps_for
 
 FRAME_ROWS = 64  # tokens of a frame that one program takes
 HELD_ROWS = 32  # of a block, by a program at once: all 128 took 255 registers a thread, and spilled
@@ -121,9 +121,9 @@ def _launch(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     factors = torch.empty((2, batch, count), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        _inverse_rms[(count, batch, 2)](
-            q, k, factors, *q.stride()[:2], *k.stride()[:2], eps,
-            C=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        _inverse_rms[(triton.cdiv(count, 2), batch, 2)](
+            q, k, factors, *q.stride()[:2], *k.stride()[:2], count, eps,
+            C=width, BLOCK=triton.next_power_of_2(width), ROWS=2, num_warps=warps_for(width),
         )  # fmt: skip
         _place[(3 * (width // dim), blocks, batch)](
             q, k, v, norm_q.contiguous(), norm_k.contiguous(), cos.contiguous(), sin.contiguous(), factors,
@@ -135,18 +135,21 @@ def _launch(
         )  # fmt: skip
 
 
-@triton.jit
-def _inverse_rms(q, k, factors, q_b, q_n, k_b, k_n, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count"])
+def _inverse_rms(
+    q, k, factors, q_b, q_n, k_b, k_n, count, eps, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
     """factors [2, B, N]: 1 / sqrt(mean of squares + eps) of each token's q, then of its k."""
-    token, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    token, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    if tl.program_id(2) == 0:  # noqa: SIM108 - two pointers, which a conditional expression would evaluate both
-        row = q + b * q_b + token * q_n
+    if tl.program_id(2) == 0:
+        rows = q + b * q_b + token[:, None].to(tl.int64) * q_n
     else:
-        row = k + b * k_b + token * k_n
-    x = tl.load(row + cols, mask=cols < C, other=0.0).to(tl.float32)
-    at = (tl.program_id(2) * tl.num_programs(1) + b) * tl.num_programs(0) + token
-    tl.store(factors + at, 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / C + eps))
+        rows = k + b * k_b + token[:, None].to(tl.int64) * k_n
+    mask = (token < count)[:, None] & (cols < C)[None, :]
+    x = tl.load(rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = (tl.program_id(2) * tl.num_programs(1) + b) * count + token
+    tl.store(factors + at, 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / C + eps), mask=token < count)
 
 
 @triton.jit
@@ -162,8 +165,8 @@ def _place_rows(
     ROWS: tl.constexpr, HELD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One head's rows of a block, from x [N, D] to store [ROWS, D]: those of q and k scaled, rotated and pooled, those of
-    v, which have no `norm`, as they are. `inside`: how many rows of a frame are left; a page is written whole."""
+    """One head's rows of a block, from x [N, D] to store [ROWS, D]: of q and k scaled, rotated and pooled; of v, which
+    has no `norm`, as they are. inside: how many rows of a frame are left; a page is written whole."""
     dims, pairs = tl.arange(0, D_PAD), tl.arange(0, D_PAD // 2)
     PART: tl.constexpr = ROWS // PARTS
     for part in range(PARTS):
@@ -203,8 +206,8 @@ def _place_rows(
 
 @triton.jit(do_not_specialize=["count", "size"])
 def _place(
-    q, k, v, norm_q, norm_k, cos, sin, factors, tokens, slots, q_store, k_store, v_store, pooled_q, pooled_k, count, size,
-    q_b, q_n, k_b, k_n, v_b, v_n, qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, vs_b, vs_h, vs_n,
+    q, k, v, norm_q, norm_k, cos, sin, factors, tokens, slots, q_store, k_store, v_store, pooled_q, pooled_k,
+    count, size, q_b, q_n, k_b, k_n, v_b, v_n, qs_b, qs_h, qs_n, ks_b, ks_h, ks_n, vs_b, vs_h, vs_n,
     ROWS: tl.constexpr, HELD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip

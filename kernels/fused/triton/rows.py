@@ -54,7 +54,7 @@ def residual_norm(
             x, y, gate, scale, shift, total, normal, unit,
             *per_frame(gate), *per_frame(scale), *per_frame(shift), eps, FP8_MAX, SMALLEST,
             C=width, BLOCK=triton.next_power_of_2(width), PLUS_ONE=plus_one,
-            num_warps=_warps(width),
+            num_warps=warps_for(width),
         )  # fmt: skip
     return total, normal if unit is None else Rows8(normal, unit)
 
@@ -67,7 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     with torch.cuda.device_of(x):
         _rms_norm[(tokens, batch)](
             x, weight.contiguous(), out, *x.stride()[:2], eps,
-            C=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+            C=width, BLOCK=triton.next_power_of_2(width), num_warps=warps_for(width),
         )  # fmt: skip
     return out
 
@@ -95,14 +95,14 @@ def quantise_rows(x: Tensor, gelu: bool) -> Rows8:
     with torch.cuda.device_of(x):
         _quantise_rows[(count,)](
             x, out, scale, x.stride(0), FP8_MAX, SMALLEST,
-            C=width, HEAD=head, TAIL=triton.next_power_of_2(width - head), GELU=gelu, num_warps=_warps(head),
+            C=width, HEAD=head, TAIL=triton.next_power_of_2(width - head), GELU=gelu, num_warps=warps_for(head),
         )  # fmt: skip
     return Rows8(out, scale)
 
 
-def _warps(width: int) -> int:
-    """16 elements a thread, or more where a row is very wide."""
-    return min(8, max(1, triton.next_power_of_2(width) // 512))
+def warps_for(width: int) -> int:
+    """32 elements a thread, or more where a row is very wide."""
+    return min(8, max(1, triton.next_power_of_2(width) // 1024))
 
 
 @triton.jit(do_not_specialize=["gate_tokens", "scale_tokens", "shift_tokens"])

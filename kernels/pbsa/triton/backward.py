@@ -17,7 +17,10 @@ On Hopper `overlapped_backward` computes the same for blocks of 128 with a list 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -65,7 +68,8 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype, tokens: int) -> t
     return Tile(side, side, 4, 3), Tile(side, side, 8 if side == 64 else 4, 2)
 
 
-OVERLAPPED = Overlapped(query_stages=4, page_stages=3)
+OVERLAPPED = Overlapped(query_stages=4, page_stages=4)
+READERS_TILE = {"LISTS": 64, "STEP": 32, "num_warps": 4}
 _overlaps: dict[tuple[Shape, torch.device], bool] = {}
 
 
@@ -172,30 +176,52 @@ def launch(
             constants = {"D": dim, "PADDING": common["PADDING"], "num_warps": 4}
         queries = *inputs, idx, cnt, *grads, dq, *apart
         query_sizes = lists, idx.shape[2], slots, *scales
-        if isinstance(how, Overlapped):
-            overlapped_backward.queries[(lists, groups)](
-                *queries, *query_sizes, STAGES=how.query_stages, **constants
-            )
-        else:
-            query_tile, page_tile = how
-            list_rows = blocks // lists * tokens  # query rows that one list serves
-            pieces = triton.cdiv(list_rows, query_tile.rows)
-            backward_queries[(lists * pieces, groups)](
-                *queries, pieces, list_rows, *query_sizes, **common, **query_tile.options()
-            )
-        if targets is None or count == 0:
-            return dq, dk, dv
-        pages = *inputs, targets, *transpose_lists(idx, cnt, targets, blocks), *grads, dk, dv, *apart
-        page_sizes = count, blocks, slots, *scales
-        if isinstance(how, Overlapped):
-            overlapped_backward.pages[(count, groups)](
-                *pages, *page_sizes, STAGES=how.page_stages, **constants
-            )
-        else:
-            backward_pages[(count * (tokens // page_tile.keys), groups)](
-                *pages, *page_sizes, **common, **page_tile.options()
-            )
+        with _forked(q.device, count > 0) as aside:
+            with aside:
+                if isinstance(how, Overlapped):
+                    overlapped_backward.queries[(lists, groups)](
+                        *queries, *query_sizes, STAGES=how.query_stages, **constants
+                    )
+                else:
+                    query_tile, page_tile = how
+                    list_rows = blocks // lists * tokens  # query rows that one list serves
+                    pieces = triton.cdiv(list_rows, query_tile.rows)
+                    backward_queries[(lists * pieces, groups)](
+                        *queries, pieces, list_rows, *query_sizes, **common, **query_tile.options()
+                    )
+            if targets is None or count == 0:
+                return dq, dk, dv
+            pages = *inputs, targets, *transpose_lists(idx, cnt, targets, blocks), *grads, dk, dv, *apart
+            page_sizes = count, blocks, slots, *scales
+            if isinstance(how, Overlapped):
+                overlapped_backward.pages[(count, groups)](
+                    *pages, *page_sizes, STAGES=how.page_stages, **constants
+                )
+            else:
+                backward_pages[(count * (tokens // page_tile.keys), groups)](
+                    *pages, *page_sizes, **common, **page_tile.options()
+                )
     return dq, dk, dv
+
+
+@contextmanager
+def _forked(device: torch.device, wanted: bool) -> Iterator[AbstractContextManager]:
+    """Yields a context whose launches run beside those that follow it; at the end both are waited for, on the device.
+
+    The query kernel's last programs leave multiprocessors idle; the page kernel's need nothing of it, and fill them.
+    """
+    if not wanted or device.type != "cuda":
+        yield nullcontext()
+        return
+    here, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(here)
+    yield torch.cuda.stream(side)
+    here.wait_stream(side)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def transpose_lists(idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
@@ -209,7 +235,7 @@ def transpose_lists(idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int) -> t
     reader_cnt = torch.empty((groups, count), dtype=torch.int32, device=idx.device)
     with torch.cuda.device_of(idx):
         find_readers[(count, groups)](
-            idx, cnt, targets, readers, reader_cnt, lists, longest, blocks // lists, LISTS=64, STEP=32, num_warps=4,
+            idx, cnt, targets, readers, reader_cnt, lists, longest, blocks // lists, **READERS_TILE,
         )  # fmt: skip
     return readers, reader_cnt
 

@@ -59,26 +59,45 @@ def softmax_step(scores, top, mass, scale_log2):
 
 
 @triton.jit
-def order_key(scores, positions):
-    """Distinct int64 keys in [0, 2 ** 48): larger for a larger score, and of equal scores for the earlier position."""
+def order_key(scores):
+    """int32 keys that compare as the float32 scores do, all above the least int32."""
     exact = tl.where(scores == 0.0, 0.0, scores)  # -0.0 and 0.0 are equal scores
     bits = exact.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers, floats then compare as floats do
-    return (ordered.to(tl.int64) + 2147483648) * 65536 + (65535 - positions)
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483647)
 
 
 @triton.jit
-def kth_largest_key(keys, k):
-    """[1, 1]: the largest threshold that at least k of a row's keys [1, n], each below 2 ** 48, reach.
+def kth_largest(keys, k):
+    """The largest threshold that at least k of the int32 keys [n] reach, and how many reach it.
 
-    Found without a sort, two bits a round: the three counts of a round do not wait for one another.
+    Found without a sort, two bits a round: the three counts of a round do not wait for one another. A threshold that
+    exactly k reach is enough, and ends the search.
     """
-    threshold = tl.zeros((1, 1), tl.int64)
-    step = tl.full((), 70368744177664, tl.int64)  # 2 ** 46
-    for _ in range(24):
-        one = tl.sum((keys >= threshold + step).to(tl.int32), axis=1) >= k
-        two = tl.sum((keys >= threshold + 2 * step).to(tl.int32), axis=1) >= k
-        three = tl.sum((keys >= threshold + 3 * step).to(tl.int32), axis=1) >= k
-        threshold += step * (one.to(tl.int64) + two.to(tl.int64) + three.to(tl.int64))[:, None]
+    threshold = tl.full((), -2147483648, tl.int32)
+    reached = tl.full((), 2147483647, tl.int32)
+    step = tl.full((), 1073741824, tl.int32)
+    while (step > 0) & (reached != k):
+        one = tl.sum((keys >= threshold + step).to(tl.int32), axis=0)
+        two = tl.sum((keys >= threshold + 2 * step).to(tl.int32), axis=0)
+        three = tl.sum((keys >= threshold + 3 * step).to(tl.int32), axis=0)
+        steps = (one >= k).to(tl.int32) + (two >= k).to(tl.int32) + (three >= k).to(tl.int32)
+        reached = tl.where(steps == 3, three, tl.where(steps == 2, two, tl.where(steps == 1, one, reached)))
+        threshold += step * steps
         step = step // 4
-    return threshold
+    return threshold, reached
+
+
+@triton.jit
+def k_largest(scores, positions, candidates, k):
+    """[n] bool: of the candidates [n] the k with the largest scores, and of equal scores the earlier positions."""
+    keys = tl.where(candidates, order_key(scores), -2147483648)
+    threshold, reached = kth_largest(keys, k)
+    chosen = candidates & (keys >= threshold)
+    if reached > k:
+        above = keys > threshold
+        equal = chosen & (keys == threshold)
+        missing = k - tl.sum(above.to(tl.int32), axis=0)
+        order = tl.where(equal, -positions, -2147483648)
+        last, _ = kth_largest(order, missing)
+        chosen = (candidates & above) | (equal & (order >= last))
+    return chosen

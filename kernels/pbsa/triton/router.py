@@ -1,8 +1,8 @@
 """The router: pooled vectors, scores of every query block against every page slot, and a list for each query block.
 
 It works in slot order, so that compacting the kept pages by a running count gives an ascending list without a sort;
-`position_of` says which candidate a slot holds. Top-K is a threshold on distinct keys (score, then earlier position),
-found two bits at a time.
+`position_of` says which candidate a slot holds. Top-K is a threshold, found two bits at a time; of equal scores the
+earlier candidate wins.
 
 Two small kernels, `score` and `select`: a program that scores 16 query blocks at once reads the pooled keys 16 times
 less often, and a row of scores fits one warp, whose sums need no barrier. Parts of blocks are scored like blocks, and
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import kth_largest_key, load_rows, order_key
+from .primitives import k_largest, load_rows
 
-SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "STEP": 64, "PLACES": 64}
+SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "PLACES": 128}
 
 
 def route(
@@ -81,7 +81,8 @@ def _score(
     grid = triton.cdiv(count, SCORE_TILE["ROWS"]) + 1, triton.cdiv(width, SCORE_TILE["SLOTS"]), groups
     score[grid](
         rows.contiguous(), columns.contiguous(), always.contiguous(), local.contiguous(), scores, position_of,
-        count, width, pages, always.shape[1], local.shape[1], scale, D=dim, **SCORE_TILE, num_warps=4,
+        count, width, pages, always.shape[1], local.shape[1], scale, D=dim, D_PAD=triton.next_power_of_2(dim),
+        **SCORE_TILE, num_warps=4,
     )  # fmt: skip
     return scores, position_of
 
@@ -135,86 +136,62 @@ def pool(
 
 
 @triton.jit
-def _place(position, slots, candidates, count, first, STEP: tl.constexpr):
-    """position [SLOTS], with first + the place in `candidates` (`count` of them) of each slot that is among them."""
-    for begin in range(0, count, STEP):
-        at = begin + tl.arange(0, STEP)
-        candidate = tl.load(candidates + at, mask=at < count, other=-1)
-        here = tl.where(slots[:, None] == candidate[None, :], first + at[None, :], -1)
-        position = tl.maximum(position, tl.max(here, axis=1))
-    return position
-
-
-@triton.jit
-def _places(slots, always, fixed, local, free, SLOTS: tl.constexpr, STEP: tl.constexpr):
-    """[SLOTS]: the place of each slot in `always` followed by `local`, -1 where it is in neither."""
-    position = tl.full((SLOTS,), -1, tl.int32)
-    position = _place(position, slots, always, fixed, 0, STEP)
-    return _place(position, slots, local, free, fixed, STEP)
+def _write_places(position_of, candidates, count, first, PLACES: tl.constexpr):
+    """position_of[slot] = first + the place of each slot in `candidates`, `count` of them."""
+    for begin in range(0, count, PLACES):
+        at = begin + tl.arange(0, PLACES)
+        slot = tl.load(candidates + at, mask=at < count, other=0)
+        tl.store(position_of + slot, first + at, mask=at < count)
 
 
 @triton.jit(do_not_specialize=["blocks", "num_slots", "num_pages", "fixed", "free"])
 def score(
     pooled_q, pooled_k, always, local, scores, position_of, blocks, num_slots, num_pages, fixed, free, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PLACES: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """scores [G, NQ, S] = scale * q k^T in full float32; slots that are no candidate are scored and not looked at.
+    """scores [G, NQ, S] = scale * q k^T, three products of tf32 for one of float32; slots that are no candidate are
+    scored and not looked at.
 
     position_of [G, num_pages]: the place of a page's slot in `always` followed by `local`, -1 where it is in neither.
-    Programs beside those of the query blocks write it: a kernel of its own would take longer to start than to run.
+    A program beside those of the query blocks writes it: a kernel of its own would take longer to start than to run.
     num_pages is S, or less where a page has several vectors.
     """
     g = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    row = g * blocks + rows
-    slot = g * num_slots + slots
-    if tl.program_id(0) * ROWS >= blocks:
-        if tl.program_id(1) * SLOTS < num_pages:
-            position = _places(slots, always + g * fixed, fixed, local + g * free, free, SLOTS, PLACES)
-            tl.store(position_of + g * num_pages + slots, position, mask=slots < num_pages)
+    if tl.program_id(0) == 0:
+        if tl.program_id(1) == 0:
+            own = position_of + g * num_pages
+            for begin in range(0, num_pages, PLACES):
+                at = begin + tl.arange(0, PLACES)
+                tl.store(own + at, tl.full((PLACES,), -1, tl.int32), mask=at < num_pages)
+            tl.debug_barrier()  # another thread may write a slot's place
+            _write_places(own, always + g * fixed, fixed, 0, PLACES)
+            _write_places(own, local + g * free, free, fixed, PLACES)
         return
-    acc = tl.zeros((ROWS, SLOTS), tl.float32)
-    for first in range(0, D, STEP):
-        dims = first + tl.arange(0, STEP)
-        inside = (dims < D)[None, :]
-        q = tl.load(
-            pooled_q + row[:, None] * D + dims[None, :], mask=(rows < blocks)[:, None] & inside, other=0.0
-        )
-        k = tl.load(
-            pooled_k + slot[:, None] * D + dims[None, :],
-            mask=(slots < num_slots)[:, None] & inside,
-            other=0.0,
-        )
-        acc = tl.dot(q * scale, tl.trans(k), acc, input_precision="ieee")
-    keep = (rows < blocks)[:, None] & (slots < num_slots)[None, :]
-    tl.store(scores + row[:, None] * num_slots + slots[None, :], acc, mask=keep)
-
-
-@triton.jit
-def _softmax(found, position):
-    """Scores [rows, SLOTS] -> each row's softmax over the candidates: the slots whose position [SLOTS] is not -1."""
-    found = tl.where((position >= 0)[None, :], found, float("-inf"))
-    weights = tl.exp(found - tl.max(found, axis=1)[:, None])
-    return weights / tl.sum(weights, axis=1)[:, None]
+    rows = (tl.program_id(0) - 1) * ROWS + tl.arange(0, ROWS)
+    slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    dims = tl.arange(0, D_PAD)
+    row, slot = g * blocks + rows, g * num_slots + slots
+    mask = (rows < blocks)[:, None] & (dims < D)[None, :]
+    q = tl.load(pooled_q + row[:, None] * D + dims[None, :], mask=mask, other=0.0)
+    mask = (slots < num_slots)[:, None] & (dims < D)[None, :]
+    k = tl.load(pooled_k + slot[:, None] * D + dims[None, :], mask=mask, other=0.0)
+    found = tl.dot(k, tl.trans(q * scale), input_precision="tf32x3")  # [SLOTS, ROWS]
+    mask = (slots < num_slots)[:, None] & (rows < blocks)[None, :]
+    tl.store(scores + row[None, :] * num_slots + slots[:, None], found, mask=mask)
 
 
 @triton.jit
 def _keep(order, weights, position, row, idx, cnt, shares, num_candidates, fixed, keep, SLOTS: tl.constexpr):
-    """Write a row of `weights` as shares, and the slots that are to be kept by `order`, both [1, SLOTS].
+    """Write a row of `weights` as shares, and the slots that are to be kept by `order`, both [SLOTS].
 
-    position [SLOTS] as `score` writes it; row [1]: its place in the results.
+    position [SLOTS] as `score` writes it; row: its place in the results.
     """
-    slots = tl.arange(0, SLOTS)
-    position = position[None, :]
-    free = position >= fixed  # a local page, to be chosen from
-    tl.store(shares + row[:, None] * num_candidates + position, weights, mask=position >= 0)
-    keys = tl.where(free, order_key(order, position), -1)
-    chosen = free & (keys >= kth_largest_key(keys, keep))  # none for keep = 0: no key reaches 2 ** 48 - 1
-    kept = chosen | ((position >= 0) & (position < fixed))
-    rank = tl.cumsum(kept.to(tl.int32), axis=1) - 1
-    tl.store(idx + row[:, None] * (fixed + keep) + rank, slots[None, :], mask=kept)
-    tl.store(cnt + row, tl.full((1,), 0, tl.int32) + fixed + keep)
+    there, free = position >= 0, position >= fixed  # a local page, to be chosen from
+    tl.store(shares + row * num_candidates + position, weights, mask=there)
+    kept = k_largest(order, position, free, keep) | (there & (position < fixed))
+    rank = tl.cumsum(kept.to(tl.int32), axis=0) - 1
+    tl.store(idx + row * (fixed + keep) + rank, tl.arange(0, SLOTS), mask=kept)
+    tl.store(cnt + row, fixed + keep)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_candidates", "fixed", "keep"])
@@ -223,13 +200,13 @@ def select(
 ):
     """One row of scores -> its softmax over the candidates, and the slots it keeps."""
     g = tl.program_id(1).to(tl.int64)
-    row = g * tl.num_programs(0) + tl.program_id(0) + tl.arange(0, 1)
+    row = g * tl.num_programs(0) + tl.program_id(0)
     slots = tl.arange(0, SLOTS)
     position = tl.load(position_of + g * num_slots + slots, mask=slots < num_slots, other=-1)
-    found = tl.load(
-        scores + row[:, None] * num_slots + slots[None, :], mask=(position >= 0)[None, :], other=0.0
-    )
-    weights = _softmax(found, position)
+    found = tl.load(scores + row * num_slots + slots, mask=slots < num_slots, other=0.0)
+    found = tl.where(position >= 0, found, float("-inf"))
+    weights = tl.exp(found - tl.max(found, axis=0))
+    weights *= 1.0 / tl.sum(weights, axis=0)
     _keep(found, weights, position, row, idx, cnt, shares, num_candidates, fixed, keep, SLOTS)
 
 
@@ -241,23 +218,22 @@ def select_by_parts(
     """The rows of scores of a query block's PARTS parts: each has a softmax over all parts of the keys; by their mean,
     weighted by the parts' tokens, the block keeps its slots."""
     g = tl.program_id(1).to(tl.int64)
-    row = g * tl.num_programs(0) + tl.program_id(0) + tl.arange(0, 1)
-    one_row = tl.sum(row, axis=0)
+    row = g * tl.num_programs(0) + tl.program_id(0)
     slots, parts = tl.arange(0, SLOTS), tl.arange(0, PARTS)
     position = tl.load(position_of + g * num_slots + slots, mask=slots < num_slots, other=-1)
     at = slots[:, None] * PARTS + parts[None, :]
     size = tl.load(k_parts + g * num_slots * PARTS + at, mask=(slots < num_slots)[:, None], other=0)
     there = (size > 0) & (position >= 0)[:, None]
     gain = tl.log(tl.maximum(size, 1).to(tl.float32))  # as if each of a part's tokens had its mean
-    weights = tl.zeros((1, SLOTS), tl.float32)
+    weights = tl.zeros((SLOTS,), tl.float32)
     total = 0.0
     for part in tl.static_range(PARTS):
-        found = tl.load(scores + (one_row * PARTS + part) * num_slots * PARTS + at, mask=there, other=0.0)
+        found = tl.load(scores + (row * PARTS + part) * num_slots * PARTS + at, mask=there, other=0.0)
         found = tl.where(there, found + gain, float("-inf"))
         top = tl.max(tl.max(found, axis=1), axis=0)
         mass = tl.sum(tl.exp(found - top), axis=1)
-        held = tl.load(q_parts + one_row * PARTS + part).to(tl.float32)
-        weights += (mass * (held / tl.sum(mass, axis=0)))[None, :]
+        held = tl.load(q_parts + row * PARTS + part).to(tl.float32)
+        weights += mass * (held / tl.sum(mass, axis=0))
         total += held
     weights = weights / total
     _keep(weights, weights, position, row, idx, cnt, shares, num_candidates, fixed, keep, SLOTS)

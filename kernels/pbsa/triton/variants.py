@@ -120,7 +120,7 @@ VARIANTS = (
     Variant("pointers", 128, 64, 4, 3, HOPPER, shared=True, residents=2),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, tokens=(128,), residents=1),
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, shared=True, residents=1),
-    Variant("overlapped", 64, 64, 4, 3, HOPPER, tokens=(64,), shared=False, residents=2),
+    Variant("overlapped", 64, 64, 4, 2, HOPPER, tokens=(64,), shared=False, residents=2),
     Variant("descriptors", 64, 64, 4, 3, HOPPER, tokens=(64,), shared=False, residents=2),
     Variant("pointers", 64, 64, 4, 3, BIG_MEMORY, tokens=(64,), residents=2),
     Variant("pointers", 128, 64, 8, 2, tokens=(128,)),
