@@ -62,7 +62,7 @@ Request, VideoPipeline, new_memory = (
 )
 
 FPS = 16
-LENGTHS = (5, 20, 60)  # seconds of video
+LENGTHS = (5, 20, 60, 600)  # seconds of video
 COLOURS = {
     "sparse": (214, 69, 65),
     "window": (52, 120, 200),
@@ -247,6 +247,7 @@ class FullSize:
             "p50_ms": p50, "p95_ms": statistics.quantiles(steady, n=20, method="inclusive")[-1],
             "fps": frames / p50 * 1000, "chunk_ms": times, "keys": keys,
             "ideal_ms": flop / IDEAL_FLOPS * 1000, "of_ideal": flop / IDEAL_FLOPS * 1000 / p50,
+            "last_to_first": last_to_first(steady), "cache_bytes_at_end": memory.nbytes,
         }  # fmt: skip
         if self.device.type == "cuda":
             facts["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -652,7 +653,7 @@ def say(mode: str, facts: dict) -> None:
     split = ", ".join(f"{part} {ms:.1f}" for part, ms in facts.get("split_ms", {}).items())
     print(
         f"{mode}: steady p50 {steady['p50_ms']:.1f} ms, p95 {steady['p95_ms']:.1f} ms, {steady['fps']:.1f} FPS, "
-        f"{100 * steady['of_ideal']:.0f} % of ideal; {lengths}; "
+        f"{100 * steady['of_ideal']:.0f} % of ideal; last tenth {steady['last_to_first']:.3f}x the first; {lengths}; "
         f"cache {facts['cache_bytes'] / 1e9:.2f} GB, peak {facts.get('peak_bytes', 0) / 1e9:.2f} GB"
         + (f"; ms: {split}" if split else "")
         + f"; {facts['took_s']} s",
@@ -740,17 +741,21 @@ def measure(pipeline: VideoPipeline, mode: str, minutes: float) -> dict:
             report = time.monotonic()
             print(f"{mode}: chunk {done.index + 1} of {chunks}, {done.seconds * 1000:.0f} ms", flush=True)
     steady = seconds[full:]
-    tenth = max(1, len(steady) // 10)
-    first, last = statistics.median(steady[:tenth]), statistics.median(steady[-tenth:])
     facts = {
         "chunks": chunks, "video_frames": request.video_frames,
-        "first_tenth_ms": 1000 * first, "last_tenth_ms": 1000 * last, "last_to_first": last / first,
+        "last_to_first": last_to_first(steady),
         "p50_ms": 1000 * statistics.median(steady),
         "p95_ms": 1000 * statistics.quantiles(steady, n=20)[-1] if len(steady) > 1 else 1000 * steady[0],
         "bytes": sizes[-1], "bytes_constant": len(set(sizes)) == 1, "seconds": seconds,
     }  # fmt: skip
     print(mode, {k: v for k, v in facts.items() if k != "seconds"}, flush=True)
     return facts
+
+
+def last_to_first(times: list[float]) -> float:
+    """The median of the last tenth over the median of the first tenth."""
+    tenth = max(1, len(times) // 10)
+    return statistics.median(times[-tenth:]) / statistics.median(times[:tenth])
 
 
 def plot(modes: dict[str, dict], path: Path, size: tuple[int, int] = (900, 360)) -> None:

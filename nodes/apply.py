@@ -95,7 +95,8 @@ class SparseForcingApply(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "absolute: frames are counted from the start, as the checkpoints were trained; up to 1024 "
-                        "latent frames (4 minutes). rebased: distances stay within the trained range, for any length."
+                        "latent frames (4 minutes). rebased: distances stay within the trained range, for any length; "
+                        "Load World Model was trained so. Mode dense counts absolutely either way."
                     ),
                 ),
                 io.Int.Input(
@@ -225,6 +226,8 @@ class SparseForcingApply(io.ComfyNode):
         shortcuts: str = "none",
         **settings: Any,
     ) -> io.NodeOutput:
+        if settings["mode"] == "dense":  # has no window to stay inside
+            settings["positions"] = "absolute"
         attention = AttentionConfig(**settings, page_bits=8 if page_bits == "8" else 16)
         if shortcuts != "none" and not fast_pass:
             raise ValueError(f"shortcuts {shortcuts!r} need the fast pass: switch fast_pass on, or use 'none'.")

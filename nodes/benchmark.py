@@ -21,7 +21,7 @@ from .checks import require_wan
 from .hooks import patch_model
 from .host import io
 from .report import as_image, show_text
-from .session import ATTENTION, SamplingRun
+from .session import SamplingRun, attention_of
 from .streaming import StreamSampler
 from .vae_stream import LATENT_CHANNELS
 
@@ -129,7 +129,7 @@ class Tried:
 
 def settings_to_compare(model: Any) -> dict[str, AttentionConfig]:
     """Dense, the model's own settings (the default ones unless they are sparse), and a window of equal memory."""
-    own = model.model_options["transformer_options"].get(ATTENTION, AttentionConfig())
+    own = attention_of(model)
     sparse = own if own.mode == "sparse" else AttentionConfig()
     frames = sparse.window_frames + sparse.persistent_frames
     return {

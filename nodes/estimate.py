@@ -29,7 +29,7 @@ from .checks import latent_frames_for, require_wan
 from .hooks import fast_options, patch_model
 from .host import inference_dtype, io
 from .report import as_image, show_text
-from .session import ATTENTION
+from .session import attention_of
 from .vae_stream import LATENT_CHANNELS, require_wan_vae
 
 FPS = 16  # of Wan's videos
@@ -157,7 +157,7 @@ class SparseForcingEstimate(io.ComfyNode):
             height=height,
             latent_frames=latent_frames_for(max(1, round(seconds * FPS)), chunk_frames),
             chunk_frames=chunk_frames,
-            attention=model.model_options["transformer_options"].get(ATTENTION, AttentionConfig()),
+            attention=attention_of(model),
             batch=batch,
             sides=1 if cfg == 1.0 else 2,
             passes=steps + 1,

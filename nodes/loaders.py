@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ..sparse_attn.checkpoint import CAUSAL_AR, Checkpoint, open_checkpoint, recognise_wan
 from ..sparse_attn.presets import propose
+from ..sparse_attn.world import ATTENTION
 from ..sparse_attn.world.model import DIT_FILE, FIRST_STEPS, TEXT_FILE, VAE_FILE
 from . import session
 from .host import io, known, reads_comfy_quant, wan_vae
@@ -155,7 +156,7 @@ class SparseForcingWorldModel(io.ComfyNode):
                 f"The world model's weights are missing: {', '.join(missing)}. Reinstall the pack."
             )
         model = load_causal_model(str(DIT_FILE), True, {})
-        model.model_options["transformer_options"][session.FIRST_STEPS] = FIRST_STEPS
+        model.model_options["transformer_options"] |= {session.FIRST_STEPS: FIRST_STEPS, session.PROPOSED: ATTENTION}
         return io.NodeOutput(model, world_clip(load_file(TEXT_FILE)), wan_vae(load_file(VAE_FILE)))
 
 

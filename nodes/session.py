@@ -25,8 +25,15 @@ PASS = "sparse_forcing_pass"
 ATTENTION = "sparse_forcing_attention"
 FAST = "sparse_forcing_fast_pass"  # FastOptions of the fast pass, None where it may not serve; missing: the defaults
 FIRST_STEPS = "sparse_forcing_first_steps"  # what the loaded model wants for the opening chunk
+PROPOSED = "sparse_forcing_proposed"  # the memory that the loaded model was trained with, where it is not the default
 UNDECIDED = object()
 PATCH_TOKENS = 2  # latent values a token spans, in height and in width
+
+
+def attention_of(model: Any) -> AttentionConfig:
+    """The memory that a MODEL was patched with, else the one that its loader proposes, else the default."""
+    options = model.model_options["transformer_options"]
+    return options.get(ATTENTION) or options.get(PROPOSED) or AttentionConfig()
 
 
 class SamplingRun:

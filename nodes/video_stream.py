@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..sparse_attn.beside import pays_on
-from ..sparse_attn.config import AttentionConfig, pixel_frames
+from ..sparse_attn.config import pixel_frames
 from ..sparse_attn.rollout import Chunk
 from ..sparse_attn.session import Session, memory_snapshot
 from ..sparse_attn.video import Mp4Writer
@@ -25,7 +25,7 @@ from .keeping import SessionKeeper, conditioning_key, in_output, memories_by_nam
 from .live import LiveRun
 from .output import Output
 from .prompt_timeline import PromptSwitcher
-from .session import ATTENTION, RUN, SamplingRun
+from .session import ATTENTION, RUN, SamplingRun, attention_of
 from .streaming import StreamSampler
 from .vae_stream import own_weights, stream_decoder, why_not_beside
 
@@ -46,7 +46,7 @@ class VideoStream:
 
     def __init__(self, model: Any, vae: Any, shape: tuple[int, ...], chunk_frames: int):
         if ATTENTION not in model.model_options["transformer_options"]:
-            model = patch_model(model, AttentionConfig())
+            model = patch_model(model, attention_of(model))
         self.model, self.vae, self.chunk_frames = model.clone(), vae, chunk_frames
         # Loaded together and kept together: decoding in between must not push the model out.
         self.model.set_additional_models("sparse_forcing_vae", [vae.patcher])

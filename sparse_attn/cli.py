@@ -27,6 +27,7 @@ from .config import (
     pixel_frames,
 )
 from .progress import Progress, size
+from .world import ATTENTION
 from .world.scene import FPS, SIZE_PX
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def add_video_options(make: argparse.ArgumentParser) -> None:
 
 
 def add_attention_options(make: argparse.ArgumentParser) -> None:
-    base, add = AttentionConfig(), make.add_argument
+    base, add = ATTENTION, make.add_argument
     add("--mode", choices=get_args(Mode), default=base.mode, help="what self-attention reads")
     add("--window", type=int, default=base.window_frames, help="newest latent frames, the chunk included")
     add("--sink", type=int, default=base.sink_frames, help="first latent frames, never dropped")
@@ -126,7 +127,8 @@ def add_attention_options(make: argparse.ArgumentParser) -> None:
     help_text = "which old blocks stay: those attended to most, or those least like what is newer"
     add("--keep", choices=get_args(Keep), default=base.keep, help=help_text)
     add("--chunk", type=int, default=SamplerConfig().chunk_frames, help="latent frames made at a time")
-    add("--positions", choices=get_args(Positions), default=base.positions, help="rebased: any length")
+    help_text = f"rebased: any length; default: {base.positions}, in mode dense absolute"
+    add("--positions", choices=get_args(Positions), help=help_text)
     add("--backend", choices=get_args(Backend), default=base.backend, help="attention kernels")
 
 
@@ -205,7 +207,7 @@ def configs(arguments: argparse.Namespace) -> tuple[AttentionConfig, SamplerConf
         page_bits=arguments.page_bits,
         router=arguments.router,
         offload_pages=arguments.offload_pages,
-        positions=arguments.positions,
+        positions=arguments.positions or ("absolute" if arguments.mode == "dense" else ATTENTION.positions),
         backend=arguments.backend,
     )
     sampler = SamplerConfig(chunk_frames=arguments.chunk)

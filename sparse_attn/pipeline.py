@@ -31,6 +31,7 @@ from .given import latent_frames_of, usable_frames
 from .pictures import to_uint8
 from .rollout import Denoise, prefill, stream
 from .state import StreamState
+from .world import ATTENTION
 from .world.model import SAMPLER, WorldModel, load_world_model
 from .world.scene import SIZE_PX
 
@@ -56,7 +57,7 @@ class Request:
     width: int = SIZE_PX  # what the world model was trained at
     height: int = SIZE_PX
     seed: int = 0
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    attention: AttentionConfig = ATTENTION
     sampler: SamplerConfig = SAMPLER
     given: np.ndarray | None = field(default=None, compare=False, repr=False)
 

@@ -15,6 +15,7 @@ from ..config import AttentionConfig
 from ..pictures import contact_sheet, to_uint8
 from ..vae import WanVAE
 from ..wan import WanModel
+from ..world import ATTENTION
 from ..world.checker import judge, summarise
 from ..world.scene import Scene, sample_scene, to_prompt
 from .common import log, psnr, render_batch
@@ -24,7 +25,7 @@ LATENT_FRAMES = 21
 MODES = {
     "dense": AttentionConfig(mode="dense"),
     "window": AttentionConfig(mode="window", window_frames=12),
-    "sparse": AttentionConfig(mode="sparse"),
+    "sparse": ATTENTION,
 }
 PARTS = ("vae", *MODES)
 

@@ -137,7 +137,6 @@ def test_sampler_works_on_a_model_nobody_patched(server):
         (lambda: patch(n10_length=25), "use 6 (21 video frames) or 9 (33 video frames)"),
         (lambda: patch(n5_window_frames=7), "window_frames 7 is not a whole number of chunks of 3"),
         (lambda: patch(n5_persistent_frames=0), "sink_frames 3 does not fit into persistent_frames 0"),
-        (lambda: patch(n5_mode="dense", n5_positions="rebased"), "Use positions 'absolute'"),
         (lambda: patch(n10_width=104), "width 104 is not a multiple of 16"),
         (lambda: patch(n7_denoise=0.5, n11_sigmas=["15", 0]) | split_sigmas(), "a schedule that ends at 0"),
         (lambda: demo(n4_height=40), "height 40 is not a multiple of 16"),

@@ -39,11 +39,13 @@ SHARED = {
     100: 227 * KIB,
     120: 99 * KIB,
 }  # a program's most
-SPILLED = 200  # bytes a thread: Hopper's 128x64 tile with 4 warps was measured faster than without spills
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+SPILLED = 0 if VERSION >= (3, 9) else 24  # bytes a thread; Triton 3.6 puts some aside in gradients of pages
 BOTH = {"T": 64, "D": 128, "D_PAD": 128, "PADDING": 1, "PRECISION": "tf32"}
 INTEGERS = {"page_len", "idx", "cnt", "targets", "readers", "reader_cnt", "position_of", "always", "local"}
 INTEGERS |= {"q_parts", "k_parts", "q_len", "distinct"}
-FLOATS = {"mass", "lse", "lse_log2", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores", "pooled"}
+FLOATS = {"mass", "lse", "lse_log2", "lse_in_units", "delta", "grad_lse", "pooled_q", "pooled_k", "shares", "scores"}
+FLOATS |= {"pooled"}
 HALVES = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "pages"}
 DESCRIBED = {"q_rows", "k_rows", "v_rows", "grad_rows"}  # what the overlapped kernels get descriptors of
 
@@ -68,7 +70,7 @@ def compiled(kernel, arch: int, constants: dict, warps: int, stages: int, source
             rows = constants.get("T", 64) if name in ("k_rows", "v_rows") else 64
             signature[name] = described_as(rows, constants["D"])
             continue
-        scale = name in ("scale", "scale_log2")
+        scale = name in ("scale", "scale_log2", "unit")
         pointer = {"i32": name in INTEGERS, "fp32": name in FLOATS, "bf16": name in HALVES}
         of = next((element for element, matches in pointer.items() if matches), None)
         signature[name] = "fp32" if scale else f"*{of}" if of else "i32"

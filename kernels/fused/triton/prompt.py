@@ -12,7 +12,7 @@ from torch import Tensor
 from ...pbsa.triton.forward import precision, unit_rows
 from ...pbsa.triton.primitives import load_rows, softmax_step, store_rows
 
-TILE = {"ROWS": 64, "KEYS": 32, "num_warps": 4, "num_stages": 2}
+TILE = {"ROWS": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
 TILE32 = {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}  # of float32
 
 

@@ -158,20 +158,21 @@ def launch(
     count = 0 if targets is None else targets.shape[1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((groups, count, tokens, dim), dtype=q.dtype, device=q.device) for _ in range(2))
-    delta, lse_log2 = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
+    delta, row_lse = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
+    unit = 1 / scale if isinstance(how, Overlapped) else math.log2(math.e)  # as the kernels want the log-sum-exp
     with torch.cuda.device_of(q):
         _delta[(triton.cdiv(lse.numel(), 32),)](
-            out.contiguous(), grad_out, lse.contiguous(), grad_lse.contiguous(), delta, lse_log2, lse.numel(),
+            out.contiguous(), grad_out, lse.contiguous(), grad_lse.contiguous(), delta, row_lse, lse.numel(), unit,
             D=dim, D_PAD=common["D_PAD"], ROWS=32, num_warps=4,
         )  # fmt: skip
         tensors = q, k_pages, v_pages
-        inputs, grads, apart = (*tensors, page_len), (grad_out, lse_log2, delta), strides
+        inputs, grads, apart = (*tensors, page_len), (grad_out, row_lse, delta), strides
         if isinstance(how, Overlapped):
             from . import overlapped_backward
             from .overlapped import described
 
             inputs = *(described(x, 64) for x in tensors), page_len
-            grads = described(grad_out, 64), lse_log2, delta
+            grads = described(grad_out, 64), row_lse, delta
             apart = tuple(x.stride(0) // dim for x in tensors)
             constants = {"D": dim, "PADDING": common["PADDING"], "num_warps": 4}
         queries = *inputs, idx, cnt, *grads, dq, *apart
@@ -269,10 +270,10 @@ def find_readers(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _delta(
-    out, grad_out, lse, grad_lse, delta, lse_log2, num_rows,
+    out, grad_out, lse, grad_lse, delta, lse_in_units, num_rows, unit,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * grad_out) - grad_lse, and lse for base 2: +inf where nothing is kept, so that w is 0."""
+    """delta = rowsum(out * grad_out) - grad_lse, and lse * unit: +inf where nothing is kept, so that w is 0."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     keep = row < num_rows
     o = load_rows(out, row * D, keep, D, D_PAD, True).to(tl.float32)
@@ -281,7 +282,7 @@ def _delta(
     some = row_lse != float("-inf")
     row_delta = tl.sum(o * do, axis=1) - tl.load(grad_lse + row, mask=keep, other=0.0)
     tl.store(delta + row, tl.where(some, row_delta, 0.0), mask=keep)
-    tl.store(lse_log2 + row, tl.where(some, row_lse * 1.4426950408889634, float("inf")), mask=keep)
+    tl.store(lse_in_units + row, tl.where(some, row_lse * unit, float("inf")), mask=keep)
 
 
 @triton.jit(do_not_specialize=["tiles", "list_rows", "num_lists", "longest", "num_slots"])

@@ -51,10 +51,17 @@ def _start(a_tile, b_tile, nothing):
 
 
 @gluon.jit
+def _start_from(columns, a_tile, b_tile, layout: gl.constexpr):
+    """a_tile b_tile^T, started, with these numbers added to its columns."""
+    first = gl.zeros([HALF, HALF], gl.float32, layout) + columns[None, :]
+    return warpgroup_mma(a_tile, b_tile.permute((1, 0)), first, is_async=True)
+
+
+@gluon.jit
 def _store(target, first, tile, D: gl.constexpr):
     """Rows of a warp group, float32, to rows of `target` from `first` on."""
     layout: gl.constexpr = in_rows(D)
-    rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    rows = (first + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))).to(gl.int64)
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     gl.store(
         target + (rows[:, None] * D + dims[None, :]),
@@ -67,14 +74,15 @@ def _store(target, first, tile, D: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_lists", "longest", "num_slots"])
 def queries(
-    q_rows, k_rows, v_rows, page_len, idx, cnt, grad_rows, lse_log2, delta, dq,
+    q_rows, k_rows, v_rows, page_len, idx, cnt, grad_rows, lse, delta, dq,
     q_g, k_g, v_g,
     num_lists, longest, num_slots, scale, scale_log2,
     D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dQ: a program for each query block of 128 with a list of its own.
 
-    q_rows, k_rows, v_rows, grad_rows: as `described`, in tiles of 64; q_g, k_g, v_g: rows from group to group.
+    q_rows, k_rows, v_rows, grad_rows: as `described`, in tiles of 64; q_g, k_g, v_g: rows from group to group. lse over
+    scale, so that it can be taken from scores.
     """
     g = gl.program_id(1)
     block = gl.program_id(0)
@@ -83,7 +91,7 @@ def queries(
     grad_row = (g * num_lists + block) * (2 * HALF)
     q_halves, grad_halves, own_full = _fetch_own(q_rows, grad_rows, g * q_g + block * (2 * HALF), grad_row, D)
     listed = idx + row_of_lists * longest, page_len + g.to(gl.int64) * num_slots, gl.load(cnt + row_of_lists)
-    facts = lse_log2, delta, dq, scale, scale_log2
+    facts = lse, delta, dq, scale, scale_log2
     first = row_of_lists * (2 * HALF)
     gl.warp_specialize(
         [
@@ -106,13 +114,13 @@ def _query_rows(
     """One warp group's rows, from `first` on, over all groups."""
     k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     pages, lens, count = listed
-    lse_log2, delta, dq, scale, scale_log2 = facts
+    lse, delta, dq, scale, scale_log2 = facts
     dtype: gl.constexpr = q_tile.dtype
     scored: gl.constexpr = product(HALF)
     summed: gl.constexpr = product(D)
     weighed: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
     rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, scored))
-    row_lse, row_delta = gl.load(lse_log2 + rows), gl.load(delta + rows)
+    row_lse, row_delta = gl.load(lse + rows) * scale_log2, gl.load(delta + rows)
     keys = gl.arange(0, HALF, layout=gl.SliceLayout(0, scored))
     nothing = gl.zeros([HALF, HALF], gl.float32, scored)
     acc = gl.zeros([HALF, D], gl.float32, summed)
@@ -174,7 +182,7 @@ def _weights(scores, row_lse, keys, left, scale_log2, PADDING: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_targets", "blocks", "num_slots"])
 def pages(
-    q_rows, k_rows, v_rows, page_len, targets, readers, reader_cnt, grad_rows, lse_log2, delta, dk, dv,
+    q_rows, k_rows, v_rows, page_len, targets, readers, reader_cnt, grad_rows, lse, delta, dk, dv,
     q_g, k_g, v_g,
     num_targets, blocks, num_slots, scale, scale_log2,
     D: gl.constexpr, PADDING: gl.constexpr, STAGES: gl.constexpr,
@@ -191,8 +199,8 @@ def pages(
     length = 2 * HALF
     if PADDING > 0:
         length = gl.load(page_len + g.to(gl.int64) * num_slots + slot)
-    facts = lse_log2 + rows, delta + rows, dk, dv, scale, scale_log2
-    first = target * (2 * HALF)
+    facts = lse + rows, delta + rows, dk, dv, scale, scale_log2
+    first = target.to(gl.int32) * (2 * HALF)  # a register less than 64 bits take
     gl.warp_specialize(
         [
             (_page_keys, (k_halves.index(0), v_halves.index(0), own_full, ring, read_by, length, facts, first, D,
@@ -214,52 +222,52 @@ def _page_keys(
     """One warp group's tokens, `length` of them held; scores stand transposed: [tokens, query rows]."""
     q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free = ring
     read_by, count = readers
-    lse_log2, delta, dk, dv, scale, scale_log2 = facts
+    lse, delta, dk, dv, scale, scale_log2 = facts
     dtype: gl.constexpr = k_tile.dtype
     scored: gl.constexpr = product(HALF)
     summed: gl.constexpr = product(D)
     weighed: gl.constexpr = gl.DotOperandLayout(0, summed, 2)
     in_step = gl.arange(0, HALF, layout=gl.SliceLayout(0, scored))
     valid = gl.arange(0, HALF, layout=gl.SliceLayout(1, scored)) < length
-    nothing = gl.zeros([HALF, HALF], gl.float32, scored)
     dk_acc = gl.zeros([HALF, D], gl.float32, summed)
     dv_acc = gl.zeros([HALF, D], gl.float32, summed)
     mbarrier.wait(own_full.index(0), 0)
     steps = 2 * count
     if steps > 0:
-        rows = gl.load(read_by) * (2 * HALF) + in_step
+        block = gl.load(read_by)
+        row = block * (2 * HALF)
         mbarrier.wait(q_full.index(0), 0)
-        scores = _start(k_tile, q_tiles.index(0), nothing)
+        scores = _start_from(-gl.load(lse + row + in_step), k_tile, q_tiles.index(0), scored)
         mbarrier.wait(grad_full.index(0), 0)
-        grads = _start(v_tile, grad_tiles.index(0), nothing)
+        grads = _start_from(-gl.load(delta + row + in_step), v_tile, grad_tiles.index(0), scored)
         scores, grads = warpgroup_mma_wait(0, deps=(scores, grads))
-        weights = _weights_of(scores, lse_log2 + rows, valid, scale_log2, PADDING)
+        weights = _weights_of(scores, valid, scale_log2, PADDING)
         rounded = gl.convert_layout(weights.to(dtype), weighed)
         dv_acc = warpgroup_mma(rounded, grad_tiles.index(0), dv_acc, is_async=True)
-        ds = gl.convert_layout((weights * (grads - gl.load(delta + rows)[None, :])).to(dtype), weighed)
+        ds = gl.convert_layout((weights * grads).to(dtype), weighed)
         dv_acc, rounded = warpgroup_mma_wait(0, deps=(dv_acc, rounded))
         mbarrier.arrive(grad_free.index(0), count=1)
         for i in range(1, steps):
             at, before = i % STAGES, (i - 1) % STAGES
             phase = i // STAGES & 1
-            rows = gl.load(read_by + i // 2) * (2 * HALF) + i % 2 * HALF + in_step
+            row = block * (2 * HALF) + i % 2 * HALF
+            block = gl.load(read_by + gl.minimum((i + 1) // 2, count - 1))  # the next step's: nothing waits for it
             mbarrier.wait(q_full.index(at), phase)
-            scores = _start(k_tile, q_tiles.index(at), nothing)
+            scores = _start_from(-gl.load(lse + row + in_step), k_tile, q_tiles.index(at), scored)
             mbarrier.wait(grad_full.index(at), phase)
-            grads = _start(v_tile, grad_tiles.index(at), nothing)
+            grads = _start_from(-gl.load(delta + row + in_step), v_tile, grad_tiles.index(at), scored)
             dk_acc = warpgroup_mma(ds, q_tiles.index(before), dk_acc, is_async=True)
             scores = warpgroup_mma_wait(2, deps=(scores,))
-            weights = _weights_of(scores, lse_log2 + rows, valid, scale_log2, PADDING)
+            weights = _weights_of(scores, valid, scale_log2, PADDING)
+            mbarrier.wait(own_full.index(0), 0)  # a branch: see overlapped._attend
+            grads, dk_acc, ds = warpgroup_mma_wait(0, deps=(grads, dk_acc, ds))
+            mbarrier.arrive(q_free.index(before), count=1)
             rounded = gl.convert_layout(weights.to(dtype), weighed)
             dv_acc = warpgroup_mma(rounded, grad_tiles.index(at), dv_acc, is_async=True)
-            mbarrier.wait(own_full.index(0), 0)  # a branch: see overlapped._attend
-            grads = warpgroup_mma_wait(2, deps=(grads,))
-            new_ds = (weights * (grads - gl.load(delta + rows)[None, :])).to(dtype)
+            ds = gl.convert_layout((weights * grads).to(dtype), weighed)
             mbarrier.wait(own_full.index(0), 0)
-            dk_acc, dv_acc, ds, rounded = warpgroup_mma_wait(0, deps=(dk_acc, dv_acc, ds, rounded))
-            mbarrier.arrive(q_free.index(before), count=1)
+            dv_acc, rounded = warpgroup_mma_wait(0, deps=(dv_acc, rounded))
             mbarrier.arrive(grad_free.index(at), count=1)
-            ds = gl.convert_layout(new_ds, weighed)
         dk_acc = warpgroup_mma(ds, q_tiles.index((steps - 1) % STAGES), dk_acc, is_async=True)
         dk_acc, ds = warpgroup_mma_wait(0, deps=(dk_acc, ds))
     _store(dk, first, dk_acc * scale, D)
@@ -267,9 +275,9 @@ def _page_keys(
 
 
 @gluon.jit
-def _weights_of(scores, lse_log2, valid, scale_log2, PADDING: gl.constexpr):
+def _weights_of(scores, valid, scale_log2, PADDING: gl.constexpr):
     """Transposed: the weights that query rows give this page's tokens."""
-    weights = gl.exp2(gl.fma(scores, scale_log2, -gl.load(lse_log2)[None, :]))
+    weights = gl.exp2(scores * scale_log2)
     if PADDING > 0:
         weights = gl.where(valid[:, None], weights, 0.0)
     return weights

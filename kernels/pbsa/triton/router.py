@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .primitives import k_largest, load_rows
 
-SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "PLACES": 128}
+SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "PLACES": 256}
 
 
 def route(
@@ -97,8 +97,8 @@ def _results(
 
 
 def parts_warps(slots: int) -> int:
-    """A thread holds up to 8 slots of each part."""
-    return min(16, max(1, slots // 256))
+    """A thread holds up to 4 slots of each part."""
+    return min(16, max(1, slots // 128))
 
 
 def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
 
 
 def warps_for(slots: int) -> int:
-    """A thread holds up to 32 slots."""
-    return min(8, max(1, slots // 1024))
+    """A thread holds 8 slots, or more where there are very many."""
+    return min(8, max(1, slots // 256))
 
 
 @triton.jit

@@ -101,12 +101,8 @@ def gluon_there() -> bool:
 
 
 HOPPER = ((9, 0),)
-BIG_MEMORY = (
-    (8, 0),
-    (9, 0),
-    (10, 0),
-    (10, 3),
-)  # 160 KiB of shared memory or more a multiprocessor; others have 100
+LARGE_BLACKWELL = ((10, 0), (10, 3))
+BIG_MEMORY = ((8, 0), *HOPPER, *LARGE_BLACKWELL)  # 160 KiB of shared memory or more; others have 100
 FLOAT32 = (torch.float32,)
 
 OVERLAPPED_128 = Variant("overlapped", 128, 128, 4, 2, HOPPER, tokens=(128,), residents=1)
@@ -122,9 +118,9 @@ VARIANTS = (
     Variant("pointers", 128, 64, 8, 3, BIG_MEMORY, shared=True, residents=1),
     Variant("overlapped", 64, 64, 4, 2, HOPPER, tokens=(64,), shared=False, residents=2),
     Variant("descriptors", 64, 64, 4, 3, HOPPER, tokens=(64,), shared=False, residents=2),
-    Variant("pointers", 64, 64, 4, 3, BIG_MEMORY, tokens=(64,), residents=2),
+    Variant("pointers", 64, 64, 4, 3, (*HOPPER, *LARGE_BLACKWELL), tokens=(64,), residents=2),
     Variant("pointers", 128, 64, 8, 2, tokens=(128,)),
-    Variant("pointers", 64, 64, 4, 3, tokens=(64, 128)),
+    Variant("pointers", 64, 32, 4, 3, tokens=(64, 128)),  # with 64 keys a thread's registers do not suffice
     Variant("pointers", 32, 32, 4, 3, tokens=(32,)),
     Variant("pointers", 16, 32, 4, 3, tokens=(16,)),
     Variant("pointers", 64, 32, 8, 1, tokens=(64, 128), dtypes=FLOAT32),

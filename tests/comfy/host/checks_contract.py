@@ -106,6 +106,19 @@ def check_positions_beyond_the_trained_range_are_warned_of():
     assert len(said) == 1 and said[0].startswith("1026 latent frames with positions 'absolute'"), said
 
 
+def check_mode_dense_counts_absolutely_whatever_positions_says():
+    (model,) = pack("nodes.apply").SparseForcingApply.execute(tiny_model(), mode="dense", positions="rebased").args
+    assert pack("nodes.session").attention_of(model).positions == "absolute"
+
+
+def check_a_loader_proposes_the_memory_its_model_was_trained_with():
+    attention_of, trained = pack("nodes.session").attention_of, pack("sparse_attn.world").ATTENTION
+    world = pack("nodes.loaders").SparseForcingWorldModel.execute().args[0]
+    plain = pack("sparse_attn.config").AttentionConfig()
+    assert attention_of(world) == trained != plain == attention_of(tiny_model())
+    assert attention_of(apply(world)) == plain  # who chooses is obeyed
+
+
 def check_clones_on_new_weights_use_those_weights():
     model, other = apply(tiny_model(), mode="dense"), tiny_model()
     if not hasattr(other, "get_clone_model_override"):
