@@ -142,7 +142,8 @@ def make_run(args: argparse.Namespace, cfg: Any, latent: tuple[int, int]) -> Any
 def time_step(args: argparse.Namespace) -> None:
     """Sparse and dense in turn: whole steps in which the student learns, and the student's part of them alone.
 
-    A step of each exit of the sampler is timed, after two for warming up: graphs are captured in the second.
+    A step of each exit of the sampler is timed, after two of the last exit, in the second of which graphs are captured,
+    and one of each other: a first step also asks the driver for its memory.
     """
     cfg, latent = read_config(args.config, args.set), tuple(args.latent)
     sparse = dataclasses.replace(cfg.attention, block_tokens=args.block_tokens)
@@ -200,8 +201,8 @@ def measure_mode(run: Any, numbers: list[int], device: str) -> dict[str, float]:
         dmd.replay(run.student, run.memory, rows, made, made.clip / made.clip.numel(), quick=quick)
         run.student_optimizer.zero_grad()
 
-    for _ in range(2):
-        step(numbers[-1])
+    for n in (numbers[-1], numbers[-1], *numbers[:-1]):
+        step(n)
     peak = module("training.metrics").peak_gib
     whole = sum(timed(lambda n=n: step(n), device) for n in numbers) / len(numbers)
     parts = sum(timed(lambda n=n: student(n), device) for n in numbers) / len(numbers)
