@@ -347,9 +347,7 @@ def check_the_world_model_obeys_a_new_prompt():
 
     node = pack("nodes.prompt_timeline").SparseForcingPromptTimeline
     positive = node.execute(clip, scene.format("navy")).args[0]
-    images, *_ = with_page(
-        apply(model, mode="window"), vae, type_it, positive=positive, width=64, height=64, seconds=3.3
-    )
+    images, *_ = with_page(model, vae, type_it, positive=positive, width=64, height=64, seconds=3.3)
     redness = (
         (images[..., 0] - images[..., 2]).flatten(1).median(1).values
     )  # the background is most of the picture
