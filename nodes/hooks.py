@@ -19,6 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 from torch import Tensor
 
 from ..sparse_attn.config import AttentionConfig
+from ..sparse_attn.estimate import kept_bytes
 from ..sparse_attn.fast_weights import FastOptions
 from .checks import require_wan
 from .fast_pass import HostFastPass, fast_pass_for
@@ -174,11 +175,14 @@ def prepare_sampling_wrapper(
     model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
     run = model_options.get("transformer_options", {}).get(RUN)
     if run is not None:
-        noise_shape = _reserving_shape(run, model, noise_shape, conds)
+        fast = fast_options(model_options["transformer_options"]) or EXACT
+        noise_shape = _reserving_shape(run, model, noise_shape, conds, fast)
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 
-def _reserving_shape(run: SamplingRun, model: Any, noise_shape: Any, conds: dict) -> list[int]:
+def _reserving_shape(
+    run: SamplingRun, model: Any, noise_shape: Any, conds: dict, fast: FastOptions = EXACT
+) -> list[int]:
     """The longest pass's shape with frames added until the host's linear estimate covers the caches as well.
 
     The host loads as many weights as its estimate leaves room for, so the caches have to be part of the estimate;
@@ -195,7 +199,8 @@ def _reserving_shape(run: SamplingRun, model: Any, noise_shape: Any, conds: dict
         "meta",
     )
     frame_bytes = max(1.0, model.model.memory_required([batch, channels, 1, height, width]))
-    cache_frames = -(-(state.nbytes * entries + run.reserve_bytes) // frame_bytes)
+    cache_bytes = (state.nbytes + kept_bytes(state, fast)) * entries
+    cache_frames = -(-(cache_bytes + run.reserve_bytes) // frame_bytes)
     return [batch, channels, run.longest_pass + int(cache_frames), height, width]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from .config import PIXELS_PER_TOKEN, AttentionConfig, check_size
+from .fast_weights import FastOptions
+from .memory import PagedKV
 from .state import StreamState
 
 TEXT_TOKENS = 512  # rows of a prompt, which cross-attention reads
@@ -47,7 +49,7 @@ class Plan:
     """A run to be estimated. Sides in pixels, lengths in latent frames.
 
     passes: of the model a chunk, the clean pass included. sides: 2 where guidance also evaluates a negative prompt,
-    which has a memory of its own. dtype: what the model computes in and remembers.
+    which has a memory of its own. dtype: what the model computes in and remembers. options: of the fast pass.
     """
 
     shape: WanShape
@@ -60,6 +62,7 @@ class Plan:
     sides: int = 1
     passes: int = 5
     dtype: torch.dtype = torch.bfloat16
+    options: FastOptions = field(default_factory=FastOptions)
 
     def validate(self) -> None:
         """Raise ValueError, naming the value and the remedy."""
@@ -111,7 +114,19 @@ class Need:
 
 def memory_bytes(plan: Plan) -> int:
     """Bytes on the device of the memory of all sides: exactly what the run will allocate, from first chunk to last."""
-    return plan.sides * plan.state().nbytes
+    state = plan.state()
+    return plan.sides * (state.nbytes + kept_bytes(state, plan.options))
+
+
+def kept_bytes(state: StreamState, options: FastOptions) -> int:
+    """Bytes that a chunk's passes keep for one another: with `reuse_persistent` each layer's attention over P, an output
+    and a float32 log-sum-exp a row."""
+    cache = state.cache
+    if not options.reuse_persistent or not isinstance(cache, PagedKV):
+        return 0
+    layers, groups = cache.table.shape[:2]
+    rows = layers * groups * cache.geometry(cache.chunk_frames).num_blocks * cache.attention.block_tokens
+    return rows * (cache.k_pages.shape[-1] * state.dtype.itemsize + 4)
 
 
 def host_bytes(plan: Plan) -> int:

@@ -194,7 +194,7 @@ class Kept:
     """What the first pass of a chunk leaves for the later ones, a layer each: which pages, and P's attention."""
 
     lists: list[BlockLists | None]
-    persistent: list[tuple[Tensor, ...] | None]  # output, log-sum-exp
+    persistent: list[tuple[Tensor, ...] | None]  # output, log-sum-exp: one list for all chunks of as many blocks
 
 
 @dataclass
@@ -243,6 +243,7 @@ class FastPass:
         self._rope: tuple[Tensor, Tensor] | None = None
         self._text: tuple[CrossKV, Text] | None = None
         self._kept: dict[tuple, Kept] = {}
+        self._over_persistent: dict[int, list[tuple[Tensor, ...] | None]] = {}  # by a chunk's blocks
         self._kept_in_chunk = -1
 
     def describe(self) -> dict[str, Any]:
@@ -343,7 +344,8 @@ class FastPass:
         """Where a chunk with tables of these shapes keeps what its passes share."""
         layers = self.model.num_layers
         key = (self._extent(), *(table.shape for table in inputs.tables))
-        return self._kept.setdefault(key, Kept([None] * layers, [None] * layers))
+        outputs = self._over_persistent.setdefault(inputs.tables[0].shape[-1], [None] * layers)
+        return self._kept.setdefault(key, Kept([None] * layers, outputs))
 
     # the pass
 

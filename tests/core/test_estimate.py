@@ -20,9 +20,11 @@ from sparse_forcing_pack.sparse_attn.estimate import (
     fit_budget,
     frames_read,
     gigabytes,
+    kept_bytes,
     memory_bytes,
     pass_flops,
 )
+from sparse_forcing_pack.sparse_attn.fast import FastModel, FastOptions, FastPass
 from sparse_forcing_pack.sparse_attn.speed import chunk_seconds, layer_seconds
 from sparse_forcing_pack.sparse_attn.wan import WanModel, frame_timesteps
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,6 +82,22 @@ def test_the_memory_is_what_the_stream_allocates(plan, mode):
     assert memory_bytes(plan) == plan.sides * memory.nbytes
     small = 64 * plan.chunk_tokens + 4096  # which token is in which block, and which row is whose
     assert memory.nbytes <= allocated.now <= memory.nbytes + small
+
+
+def test_what_passes_share_is_counted():
+    """Attention over P of the first pass is held once, however many chunks it took until P was full."""
+    plan = Plan(SMALL, 64, 48, 21, dtype=torch.float32, options=FastOptions(reuse_persistent=True))
+    memory, model = plan.state("cpu"), network(SMALL, torch.float32).requires_grad_(False)
+    run = FastPass(FastModel(model, plan.options), memory)
+    cross_kv, shape = model.cross_kv(torch.randn(1, 4, 4096)), (1, 16, 3, 6, 8)
+    for _ in range(7):
+        memory.begin_chunk(3)
+        for sigma in (1.0, 0.5, 0.0):
+            run(torch.randn(shape), sigma, cross_kv)
+        memory.end_chunk()
+    held = {x.data_ptr(): x.nbytes for kept in run._kept.values() for xs in filter(None, kept.persistent) for x in xs}
+    assert len(run._kept) > 2 and sum(held.values()) == kept_bytes(memory, plan.options) > 0
+    assert memory_bytes(plan) == memory.nbytes + kept_bytes(memory, plan.options)
 
 
 def test_the_memory_of_wan_is_the_papers():

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -15,6 +16,7 @@ from sparse_forcing_pack.sparse_attn.checkpoint import is_causal_ar, read_checkp
 from sparse_forcing_pack.sparse_attn.pipeline import VideoPipeline
 from sparse_forcing_pack.sparse_attn.progress import Progress, size
 from sparse_forcing_pack.sparse_attn.wan import WanModel
+from sparse_forcing_pack.sparse_attn.world import ATTENTION
 from sparse_forcing_pack.sparse_attn.world.model import DIT_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,19 +177,26 @@ def test_the_options_reach_the_request(tiny, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "write_video", lambda pipeline, request, out, sheet: seen.append(request) or 0)
     options = (
-        "--mode window --window 9 --sink 2 --persistent 3 --topk 0.5 --positions rebased --backend reference "
-        "--no-dense-first-chunk --keep novelty --page-bits 8 --router quarters "
+        "--mode window --window 9 --sink 2 --persistent 3 --topk 0.5 --positions absolute --backend reference "
+        "--no-dense-first-chunk --keep attention --page-bits 8 --router quarters "
         "--offload-pages"
     )
     assert run(*SMALL, *options.split(), "--chunk", "3", "--seed", "9", "--frames", "21") == 0
     (request,) = seen
     attention = request.attention
     assert (attention.mode, attention.window_frames, attention.sink_frames) == ("window", 9, 2)
-    assert (attention.persistent_frames, attention.topk, attention.positions) == (3, 0.5, "rebased")
-    assert (attention.dense_first_chunk, attention.keep) == (False, "novelty")
+    assert (attention.persistent_frames, attention.topk, attention.positions) == (3, 0.5, "absolute")
+    assert (attention.dense_first_chunk, attention.keep) == (False, "attention")
     assert (attention.page_bits, attention.router, attention.offload_pages) == (8, "quarters", True)
     assert (attention.backend, request.seed, request.latent_frames) == ("reference", 9, 6)
     assert (request.width, request.height, request.prompt) == (64, 48, SMALL[2])
+
+
+@pytest.mark.parametrize("mode", ["sparse", "window", "dense"])
+def test_the_model_gets_the_memory_it_was_trained_with(mode):
+    attention, _ = cli.configs(cli.parser().parse_args([*SMALL, "--mode", mode]))
+    positions = "absolute" if mode == "dense" else "rebased"
+    assert attention == replace(ATTENTION, mode=mode, positions=positions)
 
 
 @pytest.mark.parametrize(

@@ -136,12 +136,12 @@ def pool(
 
 
 @triton.jit
-def _write_places(position_of, candidates, count, first, PLACES: tl.constexpr):
+def _write_places(position_of, num_pages, candidates, count, first, PLACES: tl.constexpr):
     """position_of[slot] = first + the place of each slot in `candidates`, `count` of them."""
     for begin in range(0, count, PLACES):
         at = begin + tl.arange(0, PLACES)
         slot = tl.load(candidates + at, mask=at < count, other=0)
-        tl.store(position_of + slot, first + at, mask=at < count)
+        tl.store(position_of + slot, first + at, mask=(at < count) & (slot >= 0) & (slot < num_pages))
 
 
 @triton.jit(do_not_specialize=["blocks", "num_slots", "num_pages", "fixed", "free"])
@@ -164,8 +164,8 @@ def score(
                 at = begin + tl.arange(0, PLACES)
                 tl.store(own + at, tl.full((PLACES,), -1, tl.int32), mask=at < num_pages)
             tl.debug_barrier()  # another thread may write a slot's place
-            _write_places(own, always + g * fixed, fixed, 0, PLACES)
-            _write_places(own, local + g * free, free, fixed, PLACES)
+            _write_places(own, num_pages, always + g * fixed, fixed, 0, PLACES)
+            _write_places(own, num_pages, local + g * free, free, fixed, PLACES)
         return
     rows = (tl.program_id(0) - 1) * ROWS + tl.arange(0, ROWS)
     slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)

@@ -47,6 +47,23 @@ def check_memory_asked_for_is_a_chunk_and_the_caches():
         )
 
 
+def check_memory_asked_for_covers_what_passes_share():
+    streaming, hooks = pack("nodes.streaming"), pack("nodes.hooks")
+    exact, shared = (pack("sparse_attn.fast_weights").SHORTCUTS[name] for name in ("none", "shared"))
+    model = apply(tiny_model(), mode="sparse")
+    run = streaming.StreamSampler(3).open_run(model.model_options["transformer_options"], (1, 16, 30, 8, 12))
+    asked = [
+        model.model.memory_required(
+            hooks._reserving_shape(run, model, (1, 16, 30, 8, 12), {"positive": [{}], "negative": []}, fast)
+        )
+        for fast in (exact, shared)
+    ]
+    state = run.new_state(model.model.diffusion_model, (8, 12), 1, torch.float32, "cpu")
+    more = pack("sparse_attn.estimate").kept_bytes(state, shared)
+    frame = model.model.memory_required([1, 16, 1, 8, 12])
+    assert more > 0 and abs(asked[1] - asked[0] - more) <= frame, (asked, more)
+
+
 def check_memory_asked_for_covers_frames_that_run_again():
     config, streaming = pack("sparse_attn.config"), pack("nodes.streaming")
     window = config.AttentionConfig(mode="window", window_frames=9)
