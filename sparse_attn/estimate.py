@@ -119,8 +119,8 @@ def memory_bytes(plan: Plan) -> int:
 
 
 def kept_bytes(state: StreamState, options: FastOptions) -> int:
-    """Bytes that a chunk's passes keep for one another: with `reuse_persistent` each layer's attention over P, an output
-    and a float32 log-sum-exp a row."""
+    """Bytes that a chunk's passes keep for one another: with `reuse_persistent` each layer's attention over P, that is
+    an output and a float32 log-sum-exp a row."""
     cache = state.cache
     if not options.reuse_persistent or not isinstance(cache, PagedKV):
         return 0
