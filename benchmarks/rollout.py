@@ -722,7 +722,7 @@ def plot_split(modes: dict[str, dict], out: Path, size: tuple[int, int] = (900, 
 
 def measure(pipeline: VideoPipeline, mode: str, minutes: float) -> dict:
     """One stream of at least `minutes` of video at 16 frames a second."""
-    attention = AttentionConfig(mode=mode, positions="absolute" if mode == "dense" else "rebased")
+    attention = AttentionConfig(mode=mode, positions=core["config"].positions_in(mode, "rebased"))
     chunk = Request("a").sampler.chunk_frames
     full = (attention.persistent_frames + attention.window_frames) // chunk + 1
     chunks = max(full + 2, -(-round(minutes * 60 * FPS / 4) // chunk))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from ..sparse_attn.config import AttentionConfig
+from ..sparse_attn.config import AttentionConfig, positions_in
 from ..sparse_attn.fast_weights import SHORTCUTS
 from .hooks import patch_model
 from .host import io
@@ -226,9 +227,8 @@ class SparseForcingApply(io.ComfyNode):
         shortcuts: str = "none",
         **settings: Any,
     ) -> io.NodeOutput:
-        if settings["mode"] == "dense":  # has no window to stay inside
-            settings["positions"] = "absolute"
         attention = AttentionConfig(**settings, page_bits=8 if page_bits == "8" else 16)
+        attention = replace(attention, positions=positions_in(attention.mode, attention.positions))
         if shortcuts != "none" and not fast_pass:
             raise ValueError(f"shortcuts {shortcuts!r} need the fast pass: switch fast_pass on, or use 'none'.")
         return io.NodeOutput(patch_model(model, attention, SHORTCUTS[shortcuts] if fast_pass else None))

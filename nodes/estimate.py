@@ -26,7 +26,7 @@ from ..sparse_attn.estimate import (
 )
 from ..sparse_attn.speed import chunk_seconds, layer_seconds
 from .checks import latent_frames_for, require_wan
-from .hooks import EXACT, fast_options, patch_model
+from .hooks import fast_options, patch_model
 from .host import inference_dtype, io
 from .report import as_image, show_text
 from .session import attention_of
@@ -162,7 +162,7 @@ class SparseForcingEstimate(io.ComfyNode):
             sides=1 if cfg == 1.0 else 2,
             passes=steps + 1,
             dtype=inference_dtype(model.model),
-            options=fast_options(model.model_options["transformer_options"]) or EXACT,
+            options=fast_options(model.model_options["transformer_options"]),
         )
         plan.validate()
         estimate = Estimate(model, vae, plan)

@@ -175,13 +175,13 @@ def prepare_sampling_wrapper(
     model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
     run = model_options.get("transformer_options", {}).get(RUN)
     if run is not None:
-        fast = fast_options(model_options["transformer_options"]) or EXACT
+        fast = fast_options(model_options["transformer_options"])
         noise_shape = _reserving_shape(run, model, noise_shape, conds, fast)
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 
 def _reserving_shape(
-    run: SamplingRun, model: Any, noise_shape: Any, conds: dict, fast: FastOptions = EXACT
+    run: SamplingRun, model: Any, noise_shape: Any, conds: dict, fast: FastOptions | None = None
 ) -> list[int]:
     """The longest pass's shape with frames added until the host's linear estimate covers the caches as well.
 

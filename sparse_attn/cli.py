@@ -25,6 +25,7 @@ from .config import (
     SamplerConfig,
     check_size,
     pixel_frames,
+    positions_in,
 )
 from .progress import Progress, size
 from .world import ATTENTION
@@ -207,7 +208,7 @@ def configs(arguments: argparse.Namespace) -> tuple[AttentionConfig, SamplerConf
         page_bits=arguments.page_bits,
         router=arguments.router,
         offload_pages=arguments.offload_pages,
-        positions=arguments.positions or ("absolute" if arguments.mode == "dense" else ATTENTION.positions),
+        positions=arguments.positions or positions_in(arguments.mode, ATTENTION.positions),
         backend=arguments.backend,
     )
     sampler = SamplerConfig(chunk_frames=arguments.chunk)

@@ -197,6 +197,11 @@ def _check_sigmas(name: str, sigmas: tuple[float, ...]) -> None:
             raise ValueError(f"{name} must fall, but {low} follows {high}: sort them from high to low.")
 
 
+def positions_in(mode: Mode, positions: Positions) -> Positions:
+    """What a mode counts by where nobody insists: "dense" has no window for `rebased` to stay inside."""
+    return "absolute" if mode == "dense" else positions
+
+
 def _one_of(name: str, value: str | int, choices: object) -> None:
     allowed = get_args(choices)
     if value not in allowed:

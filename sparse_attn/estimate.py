@@ -49,7 +49,8 @@ class Plan:
     """A run to be estimated. Sides in pixels, lengths in latent frames.
 
     passes: of the model a chunk, the clean pass included. sides: 2 where guidance also evaluates a negative prompt,
-    which has a memory of its own. dtype: what the model computes in and remembers. options: of the fast pass.
+    which has a memory of its own. dtype: what the model computes in and remembers. options: of the fast pass;
+    None without one.
     """
 
     shape: WanShape
@@ -62,7 +63,7 @@ class Plan:
     sides: int = 1
     passes: int = 5
     dtype: torch.dtype = torch.bfloat16
-    options: FastOptions = field(default_factory=FastOptions)
+    options: FastOptions | None = None
 
     def validate(self) -> None:
         """Raise ValueError, naming the value and the remedy."""
@@ -118,11 +119,11 @@ def memory_bytes(plan: Plan) -> int:
     return plan.sides * (state.nbytes + kept_bytes(state, plan.options))
 
 
-def kept_bytes(state: StreamState, options: FastOptions) -> int:
+def kept_bytes(state: StreamState, options: FastOptions | None) -> int:
     """Bytes that a chunk's passes keep for one another: with `reuse_persistent` each layer's attention over P, that is
     an output and a float32 log-sum-exp a row."""
     cache = state.cache
-    if not options.reuse_persistent or not isinstance(cache, PagedKV):
+    if options is None or not options.reuse_persistent or not isinstance(cache, PagedKV):
         return 0
     layers, groups = cache.table.shape[:2]
     rows = layers * groups * cache.geometry(cache.chunk_frames).num_blocks * cache.attention.block_tokens

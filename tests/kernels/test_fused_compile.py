@@ -50,7 +50,7 @@ def test_rows(arch):
     for text in (
         ptx(rows._residual_norm, arch, wide | {"PLUS_ONE": True}, rows.warps_for(1536), absent=("unit",)),
         ptx(rows._rms_norm, arch, wide, rows.warps_for(1536)),
-        ptx(place._inverse_rms, arch, wide | {"ROWS": 2}, rows.warps_for(1536)),
+        ptx(place._inverse_rms, arch, wide | {"ROWS": place.NORM_ROWS}, rows.warps_for(1536)),
         ptx(rows._merge, arch, {"D": 128, "ROWS": 32, "D_PAD": 128}, 4),
     ):
         assert re.search(r"ld\.global\S*\.v4\.b32", text), "16 bytes a load"

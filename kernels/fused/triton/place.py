@@ -1,8 +1,8 @@
 """From projections to rotated, stored keys and values; and from blocks of output back to tokens.
 
-Two launches. The RMSNorm of q and k runs over all heads, so its factor is found first, one program a token. Then a
-program takes one head of one block of q, k or v: it scales, rotates, stores and pools it, a few rows at a time. The
-second launch finds most of what it reads in L2, where the first one left it.
+Two launches. The RMSNorm of q and k runs over all heads, so its factor is found first. Then a program takes one head of
+one block of q, k or v: it scales, rotates, stores and pools it, a few rows at a time. The second launch finds most of
+what it reads in L2, where the first one left it.
 
 The same kernel serves pages and frames; they differ in where a block's rows come from and go to.
 """
@@ -18,6 +18,7 @@ from ..reference import FP8_MAX, SMALLEST, Rows8, parts_of
 from .rows import to_8_bits, warps_for
 
 FRAME_ROWS = 64  # tokens of a frame that one program takes
+NORM_ROWS = 2  # tokens whose norm's factor one program finds
 HELD_ROWS = 32  # of a block, by a program at once: all 128 took 255 registers a thread, and spilled
 
 
@@ -121,9 +122,9 @@ def _launch(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     factors = torch.empty((2, batch, count), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        _inverse_rms[(triton.cdiv(count, 2), batch, 2)](
+        _inverse_rms[(triton.cdiv(count, NORM_ROWS), batch, 2)](
             q, k, factors, *q.stride()[:2], *k.stride()[:2], count, eps,
-            C=width, BLOCK=triton.next_power_of_2(width), ROWS=2, num_warps=warps_for(width),
+            C=width, BLOCK=triton.next_power_of_2(width), ROWS=NORM_ROWS, num_warps=warps_for(width),
         )  # fmt: skip
         _place[(3 * (width // dim), blocks, batch)](
             q, k, v, norm_q.contiguous(), norm_k.contiguous(), cos.contiguous(), sin.contiguous(), factors,

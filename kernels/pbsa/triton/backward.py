@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -146,62 +146,54 @@ def launch(
     -> dq like q; dk, dv [G, NC, T, D] of the target pages (empty without targets).
     """
     groups, blocks, tokens, dim = q.shape
-    q = q.contiguous() if isinstance(how, Overlapped) else unit_rows(q)
+    slots, lists = k_pages.shape[1], cnt.shape[1]
+    count = 0 if targets is None else targets.shape[1]
     k_pages, v_pages = unit_rows(k_pages), unit_rows(v_pages)
     page_len, idx, cnt, grad_out = (x.contiguous() for x in (page_len, idx, cnt, grad_out))
-    targets = None if targets is None else targets.contiguous()
-    strides = (*q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3])
-    slots, lists = k_pages.shape[1], cnt.shape[1]
     scales = scale, scale * math.log2(math.e)
-    common = {"T": tokens, "D": dim, "D_PAD": triton.next_power_of_2(dim)}
-    common |= {"PADDING": PADDING[padding], "PRECISION": precision(q.dtype)}
-    count = 0 if targets is None else targets.shape[1]
+    dim_pad = triton.next_power_of_2(dim)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((groups, count, tokens, dim), dtype=q.dtype, device=q.device) for _ in range(2))
     delta, row_lse = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
-    unit = 1 / scale if isinstance(how, Overlapped) else math.log2(math.e)  # as the kernels want the log-sum-exp
+    constants: dict[str, int | str] = {"D": dim, "PADDING": PADDING[padding]}
+    if isinstance(how, Overlapped):
+        from . import overlapped_backward
+        from .overlapped import described
+
+        tensors = q.contiguous(), k_pages, v_pages
+        inputs, grads = [described(x, 64) for x in tensors], described(grad_out, 64)
+        apart = [x.stride(0) // dim for x in tensors]
+        unit, tiles = 1 / scale, []
+        on_queries = partial(overlapped_backward.queries[(lists, groups)], STAGES=how.query_stages, num_warps=4)
+        on_pages = partial(overlapped_backward.pages[(count, groups)], STAGES=how.page_stages, num_warps=4)
+    else:
+        query_tile, page_tile = how
+        inputs, grads = [unit_rows(q), k_pages, v_pages], grad_out
+        apart = [stride for x in inputs for stride in x.stride()[:3]]
+        unit = math.log2(math.e)
+        list_rows = blocks // lists * tokens  # query rows that one list serves
+        tiles = [triton.cdiv(list_rows, query_tile.rows), list_rows]
+        constants |= {"T": tokens, "D_PAD": dim_pad, "PRECISION": precision(q.dtype)}
+        on_queries = partial(backward_queries[(lists * tiles[0], groups)], **query_tile.options())
+        on_pages = partial(backward_pages[(count * (tokens // page_tile.keys), groups)], **page_tile.options())
     with torch.cuda.device_of(q):
         _delta[(triton.cdiv(lse.numel(), 32),)](
             out.contiguous(), grad_out, lse.contiguous(), grad_lse.contiguous(), delta, row_lse, lse.numel(), unit,
-            D=dim, D_PAD=common["D_PAD"], ROWS=32, num_warps=4,
+            D=dim, D_PAD=dim_pad, ROWS=32, num_warps=4,
         )  # fmt: skip
-        tensors = q, k_pages, v_pages
-        inputs, grads, apart = (*tensors, page_len), (grad_out, row_lse, delta), strides
-        if isinstance(how, Overlapped):
-            from . import overlapped_backward
-            from .overlapped import described
-
-            inputs = *(described(x, 64) for x in tensors), page_len
-            grads = described(grad_out, 64), row_lse, delta
-            apart = tuple(x.stride(0) // dim for x in tensors)
-            constants = {"D": dim, "PADDING": common["PADDING"], "num_warps": 4}
-        queries = *inputs, idx, cnt, *grads, dq, *apart
-        query_sizes = lists, idx.shape[2], slots, *scales
         with _forked(q.device, count > 0) as aside:
             with aside:
-                if isinstance(how, Overlapped):
-                    overlapped_backward.queries[(lists, groups)](
-                        *queries, *query_sizes, STAGES=how.query_stages, **constants
-                    )
-                else:
-                    query_tile, page_tile = how
-                    list_rows = blocks // lists * tokens  # query rows that one list serves
-                    pieces = triton.cdiv(list_rows, query_tile.rows)
-                    backward_queries[(lists * pieces, groups)](
-                        *queries, pieces, list_rows, *query_sizes, **common, **query_tile.options()
-                    )
-            if targets is None or count == 0:
-                return dq, dk, dv
-            pages = *inputs, targets, *transpose_lists(idx, cnt, targets, blocks), *grads, dk, dv, *apart
-            page_sizes = count, blocks, slots, *scales
-            if isinstance(how, Overlapped):
-                overlapped_backward.pages[(count, groups)](
-                    *pages, *page_sizes, STAGES=how.page_stages, **constants
-                )
-            else:
-                backward_pages[(count * (tokens // page_tile.keys), groups)](
-                    *pages, *page_sizes, **common, **page_tile.options()
-                )
+                on_queries(
+                    *inputs, page_len, idx, cnt, grads, row_lse, delta, dq, *apart, *tiles, lists, idx.shape[2], slots,
+                    *scales, **constants,
+                )  # fmt: skip
+            if targets is not None and count > 0:
+                targets = targets.contiguous()
+                readers = transpose_lists(idx, cnt, targets, blocks)
+                on_pages(
+                    *inputs, page_len, targets, *readers, grads, row_lse, delta, dk, dv, *apart, count, blocks, slots,
+                    *scales, **constants,
+                )  # fmt: skip
     return dq, dk, dv
 
 

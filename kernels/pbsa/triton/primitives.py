@@ -99,5 +99,5 @@ def k_largest(scores, positions, candidates, k):
         missing = k - tl.sum(above.to(tl.int32), axis=0)
         order = tl.where(equal, -positions, -2147483648)
         last, _ = kth_largest(order, missing)
-        chosen = (candidates & above) | (equal & (order >= last))
+        chosen = above | (equal & (order >= last))
     return chosen
