@@ -140,7 +140,8 @@ def make_run(args: argparse.Namespace, cfg: Any, latent: tuple[int, int]) -> Any
 
 
 def time_step(args: argparse.Namespace) -> None:
-    """Sparse and dense in turn: whole steps in which the student learns, and the student's part of them alone.
+    """Sparse and dense in turn: whole steps in which the student learns, and the student's part of them alone. With
+    `critic_topk` below 1 the sparse student is also timed beside such a critic.
 
     A step of each exit of the sampler is timed, after two of the last exit, in the second of which graphs are captured,
     and one of each other: a first step also asks the driver for its memory.
@@ -153,10 +154,13 @@ def time_step(args: argparse.Namespace) -> None:
     run = make_run(args, cfg, latent)
     exits = [run.cfg.exit_step(n) for n in range(60)]
     numbers = [exits.index(i) for i in args.exits or range(len(run.cfg.sampler.sigmas))]
-    modes = {"sparse": run.cfg.attention, "dense": AttentionConfig(mode="dense")}
+    sparse, topk = run.cfg.attention, run.cfg.critic_topk
+    modes = {"sparse": (sparse, 1.0), "dense": (AttentionConfig(mode="dense"), 1.0)}
+    if topk < 1:
+        modes["sparse, critic too"] = sparse, topk
     found = {}
-    for name, attention in modes.items():
-        run.use_attention(attention)
+    for name, chosen in modes.items():
+        run.use_attention(*chosen)
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
@@ -164,13 +168,17 @@ def time_step(args: argparse.Namespace) -> None:
         with best_attention(torch.device(args.device)):
             found[name] = measure_mode(run, numbers, args.device)
         print(name, "  ".join(f"{k} {v:.3f}" for k, v in found[name].items()), flush=True)
-    ratios = {k: found["dense"][k] / found["sparse"][k] for k in ("step_s", "student_s")}
+    ratios = {
+        name: {k: found["dense"][k] / found[name][k] for k in ("step_s", "student_s")}
+        for name in found.keys() - {"dense"}
+    }
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     result = {"size": args.size, "frames": run.cfg.frames, "latent": latent, "device": device,
               "torch": torch.__version__, "set": args.set, "dense_over_sparse": ratios} | found  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
-    print("dense over sparse", "  ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+    for name, over in ratios.items():
+        print("dense over", name, "  ".join(f"{k} {v:.2f}" for k, v in over.items()))
 
 
 def measure_mode(run: Any, numbers: list[int], device: str) -> dict[str, float]:

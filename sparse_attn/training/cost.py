@@ -121,7 +121,7 @@ def cost_of(cfg: DmdTraining, student: str, teacher: str, grid: tuple[int, int],
     teacher_flops = _pass(large, (cfg.frames, *grid))[2]
     pairs = (cfg.frames * frame_tokens) ** 2
     one_pass = chunk_flops + attention_flops(small, chunk_pairs(cfg, frame_tokens))
-    critic = clip_flops + attention_flops(small, pairs)
+    critic = clip_flops + attention_flops(small, pairs * cfg.critic_topk)
     noisy = (len(cfg.sampler.sigmas) + 1) / 2  # passes before the exit, on average
     backward = {False: 3, True: 4}  # in forwards, the forward included
     rollout = {"rollout": chunks * (noisy + 1) * one_pass}

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config import SamplerConfig
 from ..rollout import stream
 from ..state import StreamState
-from ..wan import WanModel, frame_timesteps
+from ..wan import Attend, WanModel, frame_timesteps
 from .common import CrossKV, backward_prompt, prompt_leaves, shifted, whole_attention
 
 # x [B, C, F, H, W], sigma -> flow float32 of the open chunk on the memory
@@ -133,10 +133,12 @@ def clean_loss(flow: Tensor, x0: Tensor) -> Tensor:
     return (flow + x0).square().mean()
 
 
-def predict_clip(model: WanModel, cross_kv: CrossKV, x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Flow and x0 of a clip that teacher or critic sees at once, dense: float32, as x_t."""
+def predict_clip(
+    model: WanModel, cross_kv: CrossKV, x_t: Tensor, sigma: Tensor, attend: Attend = whole_attention
+) -> tuple[Tensor, Tensor]:
+    """Flow and x0 of a clip that teacher or critic sees at once, by default dense: float32, as x_t."""
     t = 1000 * sigma[:, None].expand(-1, x_t.shape[2])
-    flow = model(x_t, t, cross_kv, whole_attention).float()
+    flow = model(x_t, t, cross_kv, attend).float()
     return flow, x_t - _wide(sigma) * flow
 
 

@@ -35,8 +35,9 @@ class DmdTraining:
     starts there. guidance: g of cond + g (cond - uncond) of the teacher. clean_weight: of a loss that trains the clean
     pass (`dmd.clean_loss`); 0 leaves it out. ema_from: first step from which the average differs from the student.
     bf16: products in bfloat16, weights, gradients and averages in float32. recompute_*: activation checkpointing of
-    that model's blocks; a student's chunk is short, the critic sees the whole clip at once. compile: what stands before
-    and after a block's attention, in all three models; one process only.
+    that model's blocks; a student's chunk is short, the critic sees the whole clip at once. critic_topk: share of
+    a clip's blocks that each block of the critic reads (`SparseClip`); 1 is dense, as published. compile: what stands
+    before and after a block's attention, in all three models; one process only.
     """
 
     steps: int = 1200
@@ -59,6 +60,7 @@ class DmdTraining:
     bf16: bool = True
     recompute_student: bool = False
     recompute_critic: bool = True
+    critic_topk: float = 1.0
     compile: bool = False
     seed: int = 0
     log_every: int = 10
@@ -107,6 +109,10 @@ class DmdTraining:
                 f"compile does not go together with models split over {processes} processes: set it to false."
             )
         check_length(self.frames, self.sampler.chunk_frames)
+        if not 0 < self.critic_topk <= 1:
+            raise ValueError(
+                f"critic_topk {self.critic_topk} must be above 0 and at most 1, which is dense attention."
+            )
         if self.ramp_interval < 0 or not 0 < self.ramp_rate <= 1:
             raise ValueError(
                 f"ramp_interval {self.ramp_interval} and ramp_rate {self.ramp_rate}: use 0 or more steps, and a rate "

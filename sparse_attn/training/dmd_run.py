@@ -26,7 +26,7 @@ from ..pictures import contact_sheet, spread, to_uint8
 from ..rollout import upload
 from ..state import StreamState
 from ..vae import WanVAE
-from ..wan import WanModel
+from ..wan import Attend, WanModel
 from . import dmd
 from .checkpoints import (
     load_state_of,
@@ -37,7 +37,8 @@ from .checkpoints import (
     state_of,
     weights_of,
 )
-from .common import compile_blocks, log
+from .clip_attention import SparseClip
+from .common import compile_blocks, log, whole_attention
 from .dmd_config import DmdTraining, LongTuning, Piece, seed_of
 from .dmd_models import FusedStudent, halve_products, recompute_blocks, update_average
 from .dmd_prompts import Prompts, padded_rows, prompt_of
@@ -98,6 +99,7 @@ class DmdRun:
         self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=cfg.student_lr, **options)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=cfg.critic_lr, **options)
         self.memory = self._memory()
+        self.critic_attention = self._critic_attention()
         self.fused = FusedStudent(plain.to(self.device), self.memory) if plain else None
         self.streams: dict[int, Stream] = {}  # by micro batch, of `LongTuning`
         self.step_number = 0
@@ -120,9 +122,10 @@ class DmdRun:
         """The student's fused pass under text rows, where there is one."""
         return self.fused.flow(rows) if self.fused else None
 
-    def use_attention(self, attention: AttentionConfig) -> None:
-        """Go on with another kind of memory for the student: to compare kinds with the same models."""
-        self.cfg = dataclasses.replace(self.cfg, attention=attention)
+    def use_attention(self, attention: AttentionConfig, critic_topk: float) -> None:
+        """Go on with other attention in student and critic: to compare kinds with the same models."""
+        self.cfg = dataclasses.replace(self.cfg, attention=attention, critic_topk=critic_topk)
+        self.critic_attention = self._critic_attention()
         self.memory = self._memory()
         if self.fused:
             self.fused.use_memory(self.memory)
@@ -134,6 +137,13 @@ class DmdRun:
             grid=(height // 2, width // 2), chunk_frames=self.cfg.sampler.chunk_frames, batch=self.cfg.micro_batch,
             attention=self.cfg.attention, total_frames=self.cfg.frames, device=self.device,
             dtype=torch.bfloat16 if self.cfg.bf16 else torch.float32,
+        )  # fmt: skip
+
+    def _critic_attention(self) -> Attend:
+        _, height, width = self.shape
+        return whole_attention if self.cfg.critic_topk == 1 else SparseClip(
+            self.cfg.frames, (height // 2, width // 2), self.cfg.critic_topk, self.cfg.attention.block_tokens,
+            self.memory.dtype, self.device, self.cfg.attention.backend,
         )  # fmt: skip
 
     def run(self, until: int | None = None) -> None:
@@ -271,7 +281,7 @@ class DmdRun:
     @torch.no_grad()
     def _score_gradient(self, clip: Tensor, rows: Tensor, noise: tuple[Tensor, Tensor]) -> Tensor:
         x_t = dmd.add_noise(clip, *noise)
-        _, fake = dmd.predict_clip(self.critic, self.critic.cross_kv(rows), x_t, noise[1])
+        _, fake = self._criticise(x_t, rows, noise[1])
         negative = self.negative.expand_as(rows)
         told, untold = (
             dmd.predict_clip(self.teacher, self.teacher.cross_kv(r), x_t, noise[1])[1]
@@ -279,11 +289,15 @@ class DmdRun:
         )
         return dmd.dmd_gradient(clip, fake, dmd.guided(told, untold, self.cfg.guidance))
 
+    def _criticise(self, x_t: Tensor, rows: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """The critic's flow and x0."""
+        return dmd.predict_clip(self.critic, self.critic.cross_kv(rows), x_t, level, self.critic_attention)
+
     def _critic_backward(
         self, clip: Tensor, rows: Tensor, noise: tuple[Tensor, Tensor], micros: int
     ) -> float:
         x_t = dmd.add_noise(clip, *noise)
-        flow, _ = dmd.predict_clip(self.critic, self.critic.cross_kv(rows), x_t, noise[1])
+        flow, _ = self._criticise(x_t, rows, noise[1])
         loss = dmd.critic_loss(flow, clip, noise[0])
         (loss / micros).backward()
         return loss.item()

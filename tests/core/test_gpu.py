@@ -136,25 +136,27 @@ def test_fast_and_composable_pass_keep_what_is_new():
 
 
 def test_streams_side_by_side_wait_for_what_crosses_alone():
-    long = 500_000_000  # cycles, about a third of a second
-    x = torch.zeros(1 << 20, device="cuda")
+    long = 2_000_000_000  # cycles, about a second
+
+    def work(x, cycles):
+        torch.cuda._sleep(cycles)
+        return 2 * x
+
     with beside.Beside("cuda") as thread:
-        thread.put(
-            torch.mul, x, 2
-        )  # from now on nothing has to be allocated, for which the device might be waited for
-        thread.take()
-        with no_waiting():
-            torch.cuda._sleep(long)
-            x += 1
-            thread.put(lambda x: (torch.cuda._sleep(long), 2 * x)[1], x)
-            del x
-            torch.full((1 << 20,), 7.0, device="cuda")  # may not be where x is still to be read
-            assert not torch.cuda.current_stream().query(), (
-                "the work was launched while x was still being made"
-            )
-            result = thread.take()
-            assert not torch.cuda.current_stream().query()
-        assert (result == 2).all()
+        for cycles in (1, long):  # first kernels are loaded and memory is allocated, which may wait for the device
+            x = torch.zeros(1 << 20, device="cuda")
+            with no_waiting() if cycles == long else nullcontext():
+                torch.cuda._sleep(cycles)
+                x += 1
+                thread.put(work, x, cycles)
+                del x
+                torch.full((1 << 20,), 7.0, device="cuda")  # may not be where x is still to be read
+                handed = torch.cuda.current_stream().query()
+                result = thread.take()
+                taken = torch.cuda.current_stream().query()
+            assert (result == 2).all()
+        assert not handed, "the work was launched while x was still being made"
+        assert not taken
         thread.put(torch.cuda._sleep, long)
         while not thread.ready:
             pass

@@ -196,6 +196,7 @@ def test_a_long_rollout_is_cut_into_pieces():
         ({"frames": 20}, "20 latent frames .* not a whole number of chunks of 3: use 18"),
         ({"student_every": 0}, "student_every 0 must be 1 or more"),
         ({"ramp_rate": 0.0}, "ramp_interval 0 and ramp_rate 0.0"),
+        ({"critic_topk": 1.5}, "critic_topk 1.5 must be above 0 and at most 1"),
         ({"attention": AttentionConfig(window_frames=7)}, "window_frames 7"),
     ],
 )

@@ -60,9 +60,11 @@ def test_a_run_from_files_goes_on_where_it_stopped(command, tmp_path, make_model
 
 
 def test_the_step_benchmark_runs_on_a_toy(command, tmp_path):
-    command.main(["step", "--size", "toy", "--device", "cpu", "--block-tokens", "4", "--out", str(tmp_path)])
+    settings = ["--device", "cpu", "--block-tokens", "4", "--set", "critic_topk=0.5", "--exits", "1"]
+    command.main(["step", "--size", "toy", *settings, "--out", str(tmp_path)])
     found = json.loads((tmp_path / "step.json").read_text())
-    for mode in ("sparse", "dense"):
+    assert found["dense_over_sparse"].keys() == {"sparse", "sparse, critic too"}
+    for mode in ("sparse", "dense", "sparse, critic too"):
         assert found[mode]["step_s"] > 0 and found[mode]["student_s"] > 0
         assert found[mode]["peak_gib"] > 0
 
