@@ -2,8 +2,8 @@
 
     python benchmarks/critic_fit.py --topk 1 0.5 0.25 0.125 --steps 400
 
-A critic of DMD sees a whole clip at once and learns its distribution by flow matching, with `DmdTraining.critic_topk` in
-blocks. Here the embedded transformer becomes such a critic for rendered clips of 21 latent frames, once for each share,
+A critic of DMD sees a whole clip at once and learns its distribution by flow matching. Here the embedded transformer
+becomes such a critic for rendered clips of 21 latent frames, once for each share of blocks (`DmdTraining.critic_topk`),
 with the same start, clips, noise and rates. Printed is the loss on clips that none has seen, by level of noise, with
 95 % intervals of the difference to the first share, clip by clip. Writes critic_fit.json.
 """
@@ -24,12 +24,12 @@ from torch import Tensor
 PACK = load_pack().__name__
 
 
-def training(name: str):
-    return importlib.import_module(f"{PACK}.sparse_attn.training.{name}")
-
-
-clip_attention, common, dit, dmd = (
-    training(name) for name in ("clip_attention", "common", "world_dit", "dmd")
+clip_attention, common, dit, dmd, report, world_model = (
+    importlib.import_module(f"{PACK}.sparse_attn.{name}")
+    for name in (
+        *(f"training.{part}" for part in ("clip_attention", "common", "world_dit", "dmd", "quality_report")),
+        "world.model",
+    )
 )
 LEVELS = (0.3, 0.6, 0.85, 0.97)  # of noise, of the held-out loss
 FRAMES, GRID, HELD_OUT = 21, (16, 16), 48
@@ -91,7 +91,7 @@ def held_out_loss(world, critic, bank, attend, args: argparse.Namespace) -> Tens
     return losses
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,9 +103,8 @@ def main() -> None:
     parser.add_argument("--block-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("output/critic_fit"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    interval = training("quality_report").interval
-    world = importlib.import_module(f"{PACK}.sparse_attn.world.model").load_world_model(args.device)
+    args = parser.parse_args(arguments)
+    world = world_model.load_world_model(args.device)
     vae = common.channels_last(world.vae)
     seen, unseen = clips(vae, args.clips, 1, args.device), clips(vae, min(HELD_OUT, args.clips), 2, args.device)
     found: dict[str, dict] = {}
@@ -119,7 +118,7 @@ def main() -> None:
         found[str(topk)] = {
             "untrained": before.mean(0).tolist(),
             "loss": losses.mean(0).tolist(),
-            "more_than_first": [interval((losses - first)[:, i].tolist()) for i in range(len(LEVELS))],
+            "more_than_first": [report.interval((losses - first)[:, i].tolist()) for i in range(len(LEVELS))],
             "seconds": time.perf_counter() - began,
         }
         shown = "  ".join(
