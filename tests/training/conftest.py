@@ -1,4 +1,7 @@
-"""A model of 128 channels and two layers, latents of 4 x 6, and a run made of such models."""
+"""A model of 128 channels and two layers, latents of 4 x 6, a run of such models, and the benchmarks as modules."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from sparse_forcing_pack.sparse_attn.training.dmd_prompts import Prompts
 from sparse_forcing_pack.sparse_attn.training.dmd_run import DmdRun
 from sparse_forcing_pack.sparse_attn.wan import WanModel
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = (16, 4, 6)
 ATTENTION = AttentionConfig(block_tokens=4, topk=0.25, window_frames=6, persistent_frames=3, sink_frames=3)
 TOY = {
@@ -47,3 +51,17 @@ def make_run():
 @pytest.fixture(scope="session")
 def make_model():
     return toy_model
+
+
+@pytest.fixture
+def load_command(monkeypatch):
+    """The program of this name in benchmarks/, as a module."""
+
+    def load(name):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        spec = importlib.util.spec_from_file_location(f"{name}_command", BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

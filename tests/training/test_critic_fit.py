@@ -1,24 +1,16 @@
 """benchmarks/critic_fit.py on a toy: the loss falls, and every share starts from the same weights."""
 
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sparse_forcing_pack.sparse_attn.world.text import PAD
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def command(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("critic_fit_command", BENCHMARKS / "critic_fit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def command(load_command):
+    return load_command("critic_fit")
 
 
 def test_critics_of_every_share_are_compared(command, monkeypatch, make_model, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """benchmarks/train_dmd.py: its settings, what it says a run costs, and each of its commands on a toy."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -16,12 +15,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def command(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("train_dmd_command", BENCHMARKS / "train_dmd.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def command(load_command):
+    return load_command("train_dmd")
 
 
 def test_the_ready_configurations_are_valid(command):

@@ -1,7 +1,6 @@
 """The quality metrics: perfect on the renderer's own frames, and each notices the damage that it is there for."""
 
 import csv
-import importlib.util
 import math
 import random
 from dataclasses import replace
@@ -280,14 +279,8 @@ def test_settings_that_cannot_be_measured_are_explained():
 
 
 @pytest.fixture
-def command(monkeypatch):
-    """benchmarks/world_quality.py as a module."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "world_quality.py"
-    monkeypatch.syspath_prepend(str(path.parent))
-    spec = importlib.util.spec_from_file_location("world_quality_command", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def command(load_command):
+    return load_command("world_quality")
 
 
 def test_the_command_measures_what_is_named_once(command, tmp_path, capsys, monkeypatch):
