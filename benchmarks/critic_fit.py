@@ -23,7 +23,6 @@ from torch import Tensor
 
 PACK = load_pack().__name__
 
-
 clip_attention, common, dit, dmd, report, world_model = (
     importlib.import_module(f"{PACK}.sparse_attn.{name}")
     for name in (
@@ -32,15 +31,16 @@ clip_attention, common, dit, dmd, report, world_model = (
     )
 )
 LEVELS = (0.3, 0.6, 0.85, 0.97)  # of noise, of the held-out loss
-FRAMES, GRID, HELD_OUT = 21, (16, 16), 48
+HELD_OUT = 48
 
 
-def attention(topk: float, args: argparse.Namespace):
-    """`attend` of the critic; dense where it reads everything."""
-    if topk == 1:
-        return common.whole_attention
+def attention(topk: float, bank, args: argparse.Namespace):
+    """`attend` of a critic of the bank's clips."""
+    frames, height, width = bank.latents.shape[2:]
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    return clip_attention.SparseClip(FRAMES, GRID, topk, args.block_tokens, dtype, args.device)
+    return clip_attention.clip_attention(
+        frames, (height // 2, width // 2), topk, args.block_tokens, dtype, args.device
+    )
 
 
 def clips(vae, count: int, seed: int, device: str):
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     found: dict[str, dict] = {}
     first: Tensor | None = None
     for topk in args.topk:
-        attend, began = attention(topk, args), time.perf_counter()
+        attend, began = attention(topk, seen, args), time.perf_counter()
         before = held_out_loss(world, world.dit, unseen, attend, args)
         critic = train(world, seen, attend, args)
         losses = held_out_loss(world, critic, unseen, attend, args)

@@ -170,7 +170,8 @@ def time_step(args: argparse.Namespace) -> None:
         print(name, "  ".join(f"{k} {v:.3f}" for k, v in found[name].items()), flush=True)
     ratios = {
         name: {k: found["dense"][k] / found[name][k] for k in ("step_s", "student_s")}
-        for name in found.keys() - {"dense"}
+        for name in found
+        if name != "dense"
     }
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     result = {"size": args.size, "frames": run.cfg.frames, "latent": latent, "device": device,

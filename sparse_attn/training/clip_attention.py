@@ -13,6 +13,8 @@ from torch import Tensor
 from ...kernels import pbsa_attention, pool_pages
 from ..geometry import BlockGeometry
 from ..router import choose_blocks
+from ..wan import Attend
+from .common import whole_attention
 
 
 class SparseClip:
@@ -48,3 +50,18 @@ class SparseClip:
             *blocks, lens, lists, padding="finite", least_tokens=self.least_tokens, backend=self.backend
         )
         return self.geometry.unpack(out, batch).to(q.dtype)
+
+
+def clip_attention(
+    frames: int,
+    grid: tuple[int, int],
+    topk: float,
+    block_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    backend: str = "auto",
+) -> Attend:
+    """A critic's `attend`: dense where it reads all of a clip, as published, else a `SparseClip`."""
+    if topk == 1:
+        return whole_attention
+    return SparseClip(frames, grid, topk, block_tokens, dtype, device, backend)

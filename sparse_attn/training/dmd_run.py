@@ -37,8 +37,8 @@ from .checkpoints import (
     state_of,
     weights_of,
 )
-from .clip_attention import SparseClip
-from .common import compile_blocks, log, whole_attention
+from .clip_attention import clip_attention
+from .common import compile_blocks, log
 from .dmd_config import DmdTraining, LongTuning, Piece, seed_of
 from .dmd_models import FusedStudent, halve_products, recompute_blocks, update_average
 from .dmd_prompts import Prompts, padded_rows, prompt_of
@@ -141,7 +141,7 @@ class DmdRun:
 
     def _critic_attention(self) -> Attend:
         _, height, width = self.shape
-        return whole_attention if self.cfg.critic_topk == 1 else SparseClip(
+        return clip_attention(
             self.cfg.frames, (height // 2, width // 2), self.cfg.critic_topk, self.cfg.attention.block_tokens,
             self.memory.dtype, self.device, self.cfg.attention.backend,
         )  # fmt: skip

@@ -23,8 +23,6 @@ def test_critics_of_every_share_are_compared(command, monkeypatch, make_model, t
         return SimpleNamespace(latents=latents, ids=torch.full((count, 4), PAD), filled=count)
 
     monkeypatch.setattr(command.world_model, "load_world_model", lambda device: world)
-    monkeypatch.setattr(command, "FRAMES", 3)
-    monkeypatch.setattr(command, "GRID", (2, 3))
     monkeypatch.setattr(command, "clips", clips)
     monkeypatch.setattr(command.common, "channels_last", lambda vae: vae)
     numbers = {"--steps": 60, "--batch": 4, "--clips": 4, "--lr": 1e-3, "--block-tokens": 4}
