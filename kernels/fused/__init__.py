@@ -18,9 +18,11 @@ from .api import (
     norm_rope_to_pages,
     pack_pages,
     prompt_attention,
+    put_pages,
     quantise_rows,
     rms_norm,
     unpack_pages,
+    update_table,
 )
 
 __all__ = [
@@ -36,7 +38,9 @@ __all__ = [
     "norm_rope_to_pages",
     "pack_pages",
     "prompt_attention",
+    "put_pages",
     "quantise_rows",
     "rms_norm",
     "unpack_pages",
+    "update_table",
 ]

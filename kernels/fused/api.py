@@ -151,6 +151,57 @@ def unpack_pages(packed: Pages8, k_pages: Tensor, v_pages: Tensor, *, backend: s
     return reference.unpack_pages(packed, k_pages, v_pages)
 
 
+def put_pages(
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Copy blocks [G, n, T, D] of keys and values to the pages at `slots` [G, n] (int32 or int64, distinct within a
+    group) of k_pages and v_pages [G, S, T, D], of one dtype. Blocks and pages of one memory may not overlap.
+    """
+    groups, count, rows, dim = k_blocks.shape
+    dtype, device = k_blocks.dtype, k_blocks.device
+    expect("v_blocks", v_blocks, tuple(k_blocks.shape), device, dtype)
+    expect("slots", slots, (groups, count), device)
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        expect(name, pages, (groups, None, rows, dim), device, dtype)
+    for name, x in zip(("k_blocks", "v_blocks", "k_pages", "v_pages"), (k_blocks, v_blocks, k_pages, v_pages)):
+        if x.stride()[1:] != (rows * dim, dim, 1):
+            raise ValueError(f"{name} of a group do not lie one behind the other")
+    if _backend(backend, "put_pages", k_blocks) == "triton":
+        from . import triton
+
+        return triton.put_pages(k_blocks, v_blocks, slots, k_pages, v_pages)
+    return reference.put_pages(k_blocks, v_blocks, slots, k_pages, v_pages)
+
+
+def update_table(
+    table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int, *, backend: str = "auto"
+) -> None:
+    """The memory update in a stream's tables, in place: P = TopC(P u E; score).
+
+    table [R, S] int64, each row a permutation of S slots: P in the first `capacity` entries, of which `persistent` are
+    filled, then the window, whose first `evicted` entries E leave, then free ones. score [R, persistent + evicted]
+    float32, of P and E in this order; of equal ones the earlier wins, NaN counts as -inf.
+    After it P holds the best, as many as fit, in their old order; the rest of the window follows, then what is free.
+    """
+    expect("table", table, (None, None), table.device, torch.int64)
+    expect("score", score, (table.shape[0], persistent + evicted), table.device, torch.float32)
+    if not 0 <= persistent <= capacity <= capacity + evicted <= table.shape[1]:
+        raise ValueError(
+            f"a table of {table.shape[1]} slots has no {persistent} of {capacity} pages, and {evicted} that leave"
+        )
+    if _backend(backend, "update_table", score) == "triton":
+        from . import triton
+
+        return triton.update_table(table, score, capacity, persistent, evicted)
+    return reference.update_table(table, score, capacity, persistent, evicted)
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = EPS, backend: str = "auto") -> Tensor:
     """x [B, N, C] / sqrt(mean of squares + eps) * weight [C], in x's dtype."""
     expect("x", x, (None, None, None), x.device)

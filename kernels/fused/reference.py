@@ -191,6 +191,27 @@ def unpack_pages(packed: Pages8, k_pages: Tensor, v_pages: Tensor) -> None:
     v_pages.copy_(packed.v.float() * packed.v_scale[..., None])
 
 
+def put_pages(k_blocks: Tensor, v_blocks: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    """See `api.put_pages`."""
+    at = (torch.arange(len(slots), device=slots.device)[:, None], slots.long())
+    k_pages[at], v_pages[at] = k_blocks, v_blocks
+
+
+def update_table(table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int) -> None:
+    """See `api.update_table`."""
+    kept = min(capacity, persistent + evicted)
+    P, window = table.tensor_split([capacity], dim=-1)
+    slots = torch.cat([P[:, :persistent], window[:, :evicted]], dim=-1)
+    ranked = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ranking = ranked.sort(dim=-1, descending=True, stable=True).indices
+    in_time_order = (part.sort(dim=-1).values for part in ranking.tensor_split([kept], dim=-1))
+    winners, losers = (slots.gather(-1, places) for places in in_time_order)
+    free = torch.cat([P[:, persistent:], losers], dim=-1)
+    unfilled = capacity - kept
+    parts = [winners, free[:, :unfilled], window[:, evicted:], free[:, unfilled:]]
+    table.copy_(torch.cat(parts, dim=-1))
+
+
 def _in_8_bits(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale + 0.5).floor().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 

@@ -18,6 +18,7 @@ from . import reference
 from .constraints import backend_for
 
 PADDINGS = ("none", "finite", "any")
+NO_GAP = (0, 0)
 
 
 class BlockLists(NamedTuple):
@@ -44,6 +45,7 @@ def pbsa_attention(
     padding: str = "any",
     least_tokens: int = 0,
     grad_pages: Tensor | None = None,
+    gap: tuple[int, int] = NO_GAP,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of query blocks over the pages that their lists name, in one softmax.
@@ -57,6 +59,8 @@ def pbsa_attention(
     least_tokens: another promise, that every listed page holds at least so many tokens, whose rows then need no mask.
     grad_pages [G, NC] int32, slots distinct within a group: only these pages get a gradient in k_pages and v_pages, for
         all others it is zero and costs nothing. None: every page. Training names the new chunk's pages.
+    gap (first, pages): the slots from `first` on lie `pages` pages further on in k_pages and v_pages, which then are
+        [G, S + pages, T, D]. So layers can share the pages of the chunk that is open. Without gradients.
 
     -> out [G, NQ, T, D] in q's dtype; lse [G, NQ, T] float32 (float64 for float64), natural log of the softmax's sum.
     A list without a valid token gives out 0 and lse -inf. Rows of q past a ragged block's end are computed like others.
@@ -64,13 +68,15 @@ def pbsa_attention(
     Raises ValueError for shapes, dtypes or devices that do not fit together, RuntimeError with the reason when the
     backend named cannot serve the call.
     """
-    _check_attention(q, k_pages, v_pages, page_len, lists)
+    _check_attention(q, k_pages, v_pages, page_len, lists, gap)
     if padding not in PADDINGS:
         raise ValueError(f"padding must be {', '.join(PADDINGS[:-1])} or {PADDINGS[-1]}, got {padding!r}")
     if not 0 <= least_tokens <= q.shape[2]:
         raise ValueError(f"least_tokens must be 0 to {q.shape[2]}, the tokens of a page, got {least_tokens}")
     if grad_pages is not None:
         expect("grad_pages", grad_pages, (q.shape[0], None), q.device, torch.int32, "[G, NC]")
+    if gap[1] and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pages, v_pages)):
+        raise ValueError("pages with a gap have no gradient: use torch.no_grad(), or pages without one")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     idx, cnt = lists
     if idx.shape[2] == 0:  # nobody reads anything; one padding entry keeps every backend free of the case
@@ -80,8 +86,9 @@ def pbsa_attention(
             from . import triton
 
             promises = padding, least_tokens
-            return triton.attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, *promises)
+            return triton.attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, *promises, *gap)
         case _:
+            k_pages, v_pages = (reference.without_gap(x, gap) for x in (k_pages, v_pages))
             if grad_pages is not None:
                 k_pages, v_pages = (reference.only_pages(x, grad_pages) for x in (k_pages, v_pages))
             return reference.attention(q, k_pages, v_pages, page_len, idx, cnt, scale)
@@ -197,13 +204,21 @@ def _serve(operation: str, backend: str, facts: tuple, *inputs: Any) -> Any:
 
 
 def _check_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_len: Tensor, lists: BlockLists
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_len: Tensor,
+    lists: BlockLists,
+    gap: tuple[int, int] = NO_GAP,
 ) -> None:
     expect("q", q, (None, None, None, None), q.device, q.dtype, "[G, NQ, T, D]")
     groups, blocks, tokens, dim = q.shape
     expect("k_pages", k_pages, (groups, None, tokens, dim), q.device, q.dtype, "[G, S, T, D]")
     expect("v_pages", v_pages, tuple(k_pages.shape), q.device, q.dtype, "[G, S, T, D]")
-    expect("page_len", page_len, tuple(k_pages.shape[:2]), q.device, torch.int32, "[G, S]")
+    first, behind = gap
+    if not 0 <= first <= k_pages.shape[1] - behind <= k_pages.shape[1]:
+        raise ValueError(f"gap {gap} does not lie within the {k_pages.shape[1]} pages of a group")
+    expect("page_len", page_len, (groups, k_pages.shape[1] - behind), q.device, torch.int32, "[G, S]")
     idx, cnt = lists
     rows = blocks
     if idx.dim() == 3 and idx.shape[1] > 0 and blocks % idx.shape[1] == 0:

@@ -115,6 +115,12 @@ def only_pages(pages: Tensor, wanted: Tensor) -> Tensor:
     return torch.where(chosen[..., None, None], pages, pages.detach())
 
 
+def without_gap(pages: Tensor, gap: tuple[int, int]) -> Tensor:
+    """Pages [G, S + gap, T, D] -> [G, S, T, D], in the order of their slots."""
+    first, behind = gap
+    return torch.cat([pages[:, :first], pages[:, first + behind :]], dim=1) if behind else pages
+
+
 def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
     """See `api.pool_pages`."""
     valid = torch.arange(pages.shape[2], device=pages.device) < page_len[..., None]

@@ -5,6 +5,7 @@ to the float64 reference as the rounding of their results allows; bfloat16 is fo
 """
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -425,3 +426,46 @@ def test_pages_in_8_bits_are_checked():
         fused.unpack_pages(packed._replace(k=k), k, k)
     with pytest.raises(ValueError, match="k_pages is not contiguous"):
         fused.unpack_pages(packed, torch.zeros(1, 2, 64, 16).mT, k)
+
+
+def test_pages_are_put_where_they_belong(precisions):
+    """From one part of a pool into another, as the open chunk's blocks go when it ends; other pages are left alone."""
+    draw = torch.Generator().manual_seed(0)
+    slots = torch.tensor([[1, 4, 0], [3, 2, 4]])
+    for backend, device, dtype in precisions:
+        pools = [torch.randn(2, 9, 16, 96, generator=draw).to(device, dtype) for _ in range(2)]
+        truth = [pool.clone() for pool in pools]
+        at = torch.arange(2)[:, None], slots
+        for pool in truth:
+            pool[at] = pool[:, 5:8].clone()
+        fused.put_pages(*(pool[:, 5:8] for pool in pools), slots.to(device), *pools, backend=backend)
+        for found, want in zip(pools, truth):
+            assert torch.equal(found, want)
+    with pytest.raises(ValueError, match="v_pages of a group do not lie"):
+        fused.put_pages(pools[0], pools[0], torch.zeros(2, 9), pools[0], torch.zeros(2, 9, 96, 16).mT.to(pools[0]))
+
+
+@pytest.mark.parametrize(
+    ("slots", "capacity", "persistent", "evicted"),
+    [(9, 4, 4, 2), (9, 4, 0, 3), (9, 4, 3, 3), (40, 33, 33, 7), (7, 0, 0, 2), (300, 150, 150, 75), (5, 5, 5, 0)],
+)
+def test_the_memory_update(precisions, slots, capacity, persistent, evicted):
+    """The best stay, in the order of time, ties and NaN in theirs; nothing is lost. Written again, one by one."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.stack([torch.randperm(slots, generator=draw) for _ in range(6)])
+    score = torch.randint(0, 5, (6, persistent + evicted), generator=draw).float()  # many are equal
+    score[0, ::2], score[1, ::3], score[2, 1::2] = math.inf, math.nan, -math.inf
+    wanted = []
+    for row, scores in zip(rows.tolist(), score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).tolist()):
+        candidates = row[:persistent] + row[capacity : capacity + evicted]
+        best = sorted(range(len(candidates)), key=lambda i: -scores[i])[:capacity]
+        stay = [candidates[i] for i in sorted(best)]
+        free = row[persistent:capacity] + [slot for i, slot in enumerate(candidates) if i not in best]
+        filled = stay + free[: capacity - len(stay)]
+        wanted.append(filled + row[capacity + evicted :] + free[capacity - len(stay) :])
+    for backend, device in {(backend, device) for backend, device, _ in precisions}:
+        table = rows.to(device)
+        fused.update_table(table, score.to(device), capacity, persistent, evicted, backend=backend)
+        assert table.tolist() == wanted
+    with pytest.raises(ValueError, match="a table of"):
+        fused.update_table(rows, torch.zeros(6, slots + 2), 1, 1, slots + 1)

@@ -18,10 +18,12 @@ if "nvidia" not in triton.backends.backends:
     pytest.skip("this Triton has no NVIDIA compiler", allow_module_level=True)
 
 TARGETS = (80, 90, 100, 120)
-FLOATS = {"unit", "factors", "cos", "sin", "pooled_q", "pooled_k", "lse_a", "lse_b", "k_scale", "v_scale"}
-INTEGERS = {"tokens", "slots"}
+FLOATS = {"unit", "factors", "cos", "sin", "pooled_q", "pooled_k", "lse_a", "lse_b", "k_scale", "v_scale", "score"}
+INTEGERS = {"tokens", "slots", "table"}
 REALS = {"eps", "largest", "smallest"}
-NUMBERS = re.compile(r"(.*_)?(b|n|h|f|tokens)$|count$|size$|eps$|largest$|smallest$")
+NUMBERS = re.compile(
+    r"(.*_)?(b|g|n|h|f|tokens|slots)$|count$|size$|eps$|largest$|smallest$|capacity$|persistent$|evicted$|kept$"
+)
 
 
 def ptx(kernel, arch: int, constants: dict, warps: int, absent=(), bytes_out=False) -> str:
@@ -33,7 +35,7 @@ def ptx(kernel, arch: int, constants: dict, warps: int, absent=(), bytes_out=Fal
             signature[name] = "constexpr"
             continue
         pointer = "i32" if name in INTEGERS else "fp32" if name in FLOATS else "bf16"
-        pointer = "i8" if name in ("k8", "v8") else pointer
+        pointer = {"k8": "i8", "v8": "i8", "table": "i64"}.get(name, pointer)
         if bytes_out:
             pointer = {"out": "fp8e4nv", "normal": "fp8e4nv", "scale": "fp32"}.get(name, pointer)
         number = name not in INTEGERS | FLOATS | {"out_b"} and NUMBERS.fullmatch(name)
@@ -90,3 +92,10 @@ def test_pages(arch, rows_of_page):
     assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.(b64|v\d\.b32)", text)
     text = ptx(pages._unpack, arch, tile, 4)
     assert re.search(r"st\.global\S*\.v4\.b32", text)
+    text = ptx(pages._put, arch, {"SIZE": 128 * rows_of_page, "COPIED": pages.COPIED}, 4)
+    assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.v4\.b32", text)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_update(arch):
+    assert "bar.sync" in ptx(pages._update, arch, {"SLOTS": 256, "OTHERS": 32}, 2)

@@ -33,7 +33,7 @@ def test_opcheck_attention(targets):
     p = small_problem()
     p.lists.cnt.fill_(2)  # opcheck compares lse with itself, and -inf - -inf is NaN
     args = (p.q, p.k_pages, p.v_pages, p.page_len, *p.lists, targets, 0.25, "finite")
-    promise = (0,)  # least_tokens, which gradients need not know
+    promise = (0, 0, 0)  # least_tokens and the gap, which gradients need not know
     out, lse = ops.attention(*args, *promise)
     torch.library.opcheck(ops.attention_backward, (out, lse, out, lse, *args))
     for x in args[:3]:

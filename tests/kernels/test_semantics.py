@@ -42,6 +42,39 @@ def test_empty_lists_and_empty_pages(backend):
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("tokens", [16, 128])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("padding", ["any", "finite"])
+def test_a_gap_between_pages(backend, tokens, shared, padding):
+    """Pages of a larger pool, the last of which lie further on: what lies in between is not read."""
+    name, device = backend
+    problem = make_problem(tokens=tokens, shared=shared).promising(padding).to(device)
+    truth = problem.run(name, padding=padding)
+    first, behind = 4, 6
+    pools = []
+    for pages in (problem.k_pages, problem.v_pages):
+        pool = torch.full((2, 1 + 7 + behind, *pages.shape[2:]), math.nan, device=device)
+        pool[:, 1 : 1 + first], pool[:, 1 + first + behind :] = pages[:, :first], pages[:, first:]
+        pools.append(pool[:, 1:])
+    problem.k_pages, problem.v_pages = pools
+    for found, want in zip(problem.run(name, padding=padding, gap=(first, behind)), truth, strict=True):
+        assert torch.equal(found, want)
+
+
+def test_a_gap_has_bounds_and_no_gradient():
+    problem = make_problem()
+    for gap in ((3, 5), (-1, 2), (8, 0), (0, -1)):
+        with pytest.raises(ValueError, match="gap|page_len"):
+            problem.run("reference", gap=gap)
+    problem.page_len = problem.page_len[:, :5].contiguous()
+    problem.lists.idx.clamp_(max=4)
+    problem.q.requires_grad_()
+    with pytest.raises(ValueError, match="no gradient"):
+        problem.run("reference", gap=(2, 2))
+    with torch.no_grad():
+        problem.run("reference", gap=(2, 2))
+
+
 def test_lists_without_room(backend):
     name, device = backend
     problem = make_problem().to(device)

@@ -1,6 +1,6 @@
 """The fused operations in Triton. Importing this package imports Triton, so only `api` does it."""
 
-from .pages import pack_pages, unpack_pages
+from .pages import pack_pages, put_pages, unpack_pages, update_table
 from .place import blocks_to_tokens, norm_rope_to_frames, norm_rope_to_pages
 from .prompt import prompt_attention
 from .rows import merge_attention, quantise_rows, residual_norm, rms_norm
@@ -12,8 +12,10 @@ __all__ = [
     "norm_rope_to_pages",
     "pack_pages",
     "prompt_attention",
+    "put_pages",
     "quantise_rows",
     "residual_norm",
     "rms_norm",
     "unpack_pages",
+    "update_table",
 ]

@@ -1,4 +1,5 @@
-"""Pages in 8 bits: packed when a chunk has written them, unpacked before a layer reads them. A program a page."""
+"""Pages: in 8 bits, packed when a chunk has written them and unpacked before a layer reads them; copied to other slots;
+and the tables that say which is which, rewritten when a chunk leaves the window."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import INT8_MAX, SMALLEST, Pages8
+
+COPIED = 4096  # elements that a program of `put_pages` copies
 
 
 def pack_pages(k_pages: Tensor, v_pages: Tensor, slots: Tensor, into: Pages8, values: bool) -> None:
@@ -30,6 +33,80 @@ def unpack_pages(packed: Pages8, k_pages: Tensor, v_pages: Tensor) -> None:
             ROWS=rows, D=dim, ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim),
             num_warps=4,
         )  # fmt: skip
+
+
+def put_pages(k_blocks: Tensor, v_blocks: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    """See `api.put_pages`."""
+    groups, count, rows, dim = k_blocks.shape
+    apart = (x.stride(0) for x in (k_blocks, v_blocks, k_pages, v_pages))
+    with torch.cuda.device_of(k_blocks):
+        _put[(triton.cdiv(rows * dim, COPIED), count, 2 * groups)](
+            k_blocks, v_blocks, slots.contiguous(), k_pages, v_pages, *apart,
+            SIZE=rows * dim, COPIED=COPIED, num_warps=4,
+        )  # fmt: skip
+
+
+def update_table(table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int) -> None:
+    """See `api.update_table`."""
+    assert table.is_contiguous()
+    rows, slots = table.shape
+    slots_pad = max(32, triton.next_power_of_2(slots))
+    with torch.cuda.device_of(table):
+        _update[(rows,)](
+            table, score.contiguous(), slots, capacity, persistent, evicted, min(capacity, persistent + evicted),
+            SLOTS=slots_pad, OTHERS=max(1, min(32, 8192 // slots_pad)), num_warps=min(8, max(1, slots_pad // 128)),
+        )  # fmt: skip
+
+
+@triton.jit
+def _put(
+    k_blocks, v_blocks, slots, k_pages, v_pages, kb_g, vb_g, kp_g, vp_g, SIZE: tl.constexpr, COPIED: tl.constexpr
+):
+    at = tl.program_id(0) * COPIED + tl.arange(0, COPIED)
+    block, group = tl.program_id(1), (tl.program_id(2) // 2).to(tl.int64)
+    slot = tl.load(slots + group * tl.num_programs(1) + block).to(tl.int64)
+    if tl.program_id(2) % 2 == 0:
+        here, there = k_blocks + group * kb_g, k_pages + group * kp_g
+    else:
+        here, there = v_blocks + group * vb_g, v_pages + group * vp_g
+    found = tl.load(here + block.to(tl.int64) * SIZE + at, mask=at < SIZE)
+    tl.store(there + slot * SIZE + at, found, mask=at < SIZE)
+
+
+@triton.jit(do_not_specialize=["num_slots", "capacity", "persistent", "evicted", "kept"])
+def _update(
+    table, score, num_slots, capacity, persistent, evicted, kept, SLOTS: tl.constexpr, OTHERS: tl.constexpr
+):
+    """One row: each entry finds out by itself where it goes."""
+    table += tl.program_id(0).to(tl.int64) * num_slots
+    candidates = persistent + evicted
+    score += tl.program_id(0).to(tl.int64) * candidates
+    entry = tl.arange(0, SLOTS)
+    slot = tl.load(table + entry, mask=entry < num_slots, other=0)
+    in_window = entry - capacity  # place there
+    competes = (entry < persistent) | ((in_window >= 0) & (in_window < evicted))
+    place = tl.where(entry < persistent, entry, persistent + in_window)  # among those that compete
+    own = tl.load(score + place, mask=competes, other=0.0)
+    own = tl.where(own == own, own, float("-inf"))
+    better = tl.zeros((SLOTS,), tl.int32)
+    for begin in range(0, candidates, OTHERS):
+        others = begin + tl.arange(0, OTHERS)
+        other = tl.load(score + others, mask=others < candidates, other=0.0)
+        other = tl.where(other == other, other, float("-inf"))
+        wins = (other[None, :] > own[:, None]) | (
+            (other[None, :] == own[:, None]) & (others[None, :] < place[:, None])
+        )
+        better += tl.sum((wins & (others < candidates)[None, :]).to(tl.int32), axis=1)
+    stays = competes & (better < kept)
+    leaves = competes & (better >= kept)
+    empty = (entry >= persistent) & (in_window < 0)
+    free = tl.where(empty, entry - persistent, capacity - persistent + tl.cumsum(leaves.to(tl.int32), 0) - 1)
+    unfilled = capacity - kept
+    to = tl.where(free < unfilled, kept + free, num_slots - evicted + free - unfilled)
+    to = tl.where(stays, tl.cumsum(stays.to(tl.int32), 0) - 1, to)
+    to = tl.where(in_window >= evicted, entry - evicted, to)
+    tl.debug_barrier()  # every thread has read its entries
+    tl.store(table + to, slot, mask=entry < num_slots)
 
 
 @triton.jit

@@ -64,6 +64,7 @@ def launch(
     padding: str,
     floor: int = 0,
     split: Split | None = None,
+    gap: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
     """`api.pbsa_attention` by one variant, which must fit the call; idx [G, NR, M], cnt [G, NR].
 
@@ -90,7 +91,8 @@ def launch(
     out = torch.empty((rows_and_parts, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows_and_parts,), dtype=torch.float32, device=q.device)
     programs = split.whole + split_tiles * split.parts
-    sizes = *split, rows, tiles, list_rows, lists, idx.shape[2], k_pages.shape[1], scale * math.log2(math.e)
+    counts = *split, rows, tiles, list_rows, lists, idx.shape[2], page_len.shape[1], *gap
+    sizes = *counts, scale * math.log2(math.e)
     constants = {
         "T": tokens,
         "D": dim,
@@ -169,7 +171,9 @@ def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 # Counts follow a call's lengths: specialising on them would compile anew as a video grows. Strides stay specialised:
 # that they are multiples of 16 must be known, or no load is wider than an element and none runs ahead of its use.
-RUN_TIME = ["whole", "parts", "num_rows", "tiles", "list_rows", "num_lists", "longest", "num_slots"]
+RUN_TIME = [
+    "whole", "parts", "num_rows", "tiles", "list_rows", "num_lists", "longest", "num_slots", "first", "behind",
+]  # fmt: skip
 
 
 @triton.jit
@@ -197,6 +201,12 @@ def _own_rows(tile, part, parts, whole, num_rows, row, ROWS: tl.constexpr):
     """Where a program leaves its rows: at `row`, or behind the last row for the parts after a tile's first."""
     behind = num_rows + ((tile - whole).to(tl.int64) * (parts - 1) + part - 1) * ROWS + tl.arange(0, ROWS)
     return tl.where(part > 0, behind, row)
+
+
+@triton.jit
+def _page(slot, first, behind):
+    """Where a slot's page lies: see `gap` of `api.pbsa_attention`."""
+    return slot + tl.where(slot >= first, behind, 0)
 
 
 @triton.jit
@@ -231,7 +241,7 @@ def _attend_keys(
 def forward_pointers(
     q, k, v, page_len, idx, cnt, out, lse,
     q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
-    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2,
+    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, first, behind, scale_log2,
     T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PADDING: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -263,8 +273,9 @@ def forward_pointers(
             valid = tokens < T
             if PADDING > 0:
                 valid = _valid(tokens, lens + slot, FLOOR if PARTS == 1 else 0)
+            page = _page(slot, first, behind)
             acc, top, mass = _attend_keys(
-                q_tile, k + slot * k_s, tokens * k_t, v + slot * v_s, tokens * v_t, valid, acc, top, mass, scale_log2,
+                q_tile, k + page * k_s, tokens * k_t, v + page * v_s, tokens * v_t, valid, acc, top, mass, scale_log2,
                 D, D_PAD, PADDING > 0, PADDING == 2, PRECISION,
             )  # fmt: skip
     else:
@@ -276,8 +287,9 @@ def forward_pointers(
             valid = entry < count
             if PADDING > 0:
                 valid &= tokens < tl.load(lens + slot)
+            page = _page(slot, first, behind)
             acc, top, mass = _attend_keys(
-                q_tile, k, slot * k_s + tokens * k_t, v, slot * v_s + tokens * v_t, valid, acc, top, mass, scale_log2,
+                q_tile, k, page * k_s + tokens * k_t, v, page * v_s + tokens * v_t, valid, acc, top, mass, scale_log2,
                 D, D_PAD, True, PADDING == 2, PRECISION,
             )  # fmt: skip
     row = _own_rows(tile, part, parts, whole, num_rows, g * num_lists * list_rows + row, ROWS)
@@ -288,21 +300,21 @@ def forward_pointers(
 def forward_descriptors(
     q, k, v, page_len, idx, cnt, out, lse,
     q_g, q_n, q_t, k_g, k_s, k_t, v_g, v_s, v_t,
-    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2,
+    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, first, behind, scale_log2,
     T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PADDING: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr, SPECIALISE: tl.constexpr,
 ):  # fmt: skip
     """Needs q and a group's pages contiguous, D a multiple of 8, KEYS <= T, and numbers behind every page_len."""
     tile, g, which, in_list, part, share = _locate(whole, parts, tiles, num_lists)
     g = g.to(tl.int64)
-    first = in_list * ROWS  # within the list's rows
+    begin = in_list * ROWS  # within the list's rows
     q_rows = described_rows(q + g * q_g, num_lists * list_rows, D, D_PAD, ROWS)
-    k_rows = described_rows(k + g * k_g, num_slots * T, D, D_PAD, KEYS)
+    k_rows = described_rows(k + g * k_g, (num_slots + behind) * T, D, D_PAD, KEYS)
     # With warps apart, both products of a step are cut alike: where it has 64 keys and a row 128 dims, v in two halves.
     HALVES: tl.constexpr = SPECIALISE and KEYS < D_PAD
     V_DIMS: tl.constexpr = KEYS if HALVES else D_PAD
-    v_rows = described_rows(v + g * v_g, num_slots * T, D, V_DIMS, KEYS)
-    q_tile = q_rows.load([which * list_rows + first, 0])  # may run into the next list's rows: not stored
+    v_rows = described_rows(v + g * v_g, (num_slots + behind) * T, D, V_DIMS, KEYS)
+    q_tile = q_rows.load([which * list_rows + begin, 0])  # may run into the next list's rows: not stored
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
@@ -320,19 +332,20 @@ def forward_descriptors(
         else:
             slot = tl.load(pages + i // PARTS)
             token = (i % PARTS) * KEYS
-        k_tile = k_rows.load([slot * T + token, 0])  # [KEYS, D_PAD]
+        at = _page(slot, first, behind) * T + token
+        k_tile = k_rows.load([at, 0])  # [KEYS, D_PAD]
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         if PADDING > 0:
             valid = _valid(token + keys, lens + slot, FLOOR if PARTS == 1 else 0)
             scores = tl.where(valid[None, :], scores, float("-inf"))
         weights, factor, top, mass = softmax_step(scores, top, mass, scale_log2)
-        v_tile = v_rows.load([slot * T + token, 0])
+        v_tile = v_rows.load([at, 0])
         weights = weights.to(v_tile.dtype)
         acc = tl.dot(weights, v_tile, acc * factor[:, None], input_precision=PRECISION)
         if HALVES:
-            v_high = v_rows.load([slot * T + token, V_DIMS])
+            v_high = v_rows.load([at, V_DIMS])
             high = tl.dot(weights, v_high, high * factor[:, None], input_precision=PRECISION)
-    rows = first + tl.arange(0, ROWS)
+    rows = begin + tl.arange(0, ROWS)
     row = g * num_lists * list_rows + which * list_rows + rows
     row = _own_rows(tile, part, parts, whole, num_rows, row, ROWS)
     _finish(out, lse, acc, top, mass, row, rows < list_rows, D, V_DIMS)

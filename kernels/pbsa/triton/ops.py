@@ -29,13 +29,17 @@ def _register(name: str, schema: str, run: Callable, shapes: Callable) -> str:
     return name
 
 
-def _attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding, least_tokens):
+def _attention(
+    q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding, least_tokens, first, behind
+):
     floor = forward.floor_of(least_tokens, padding)
     variant = choose_variant(q, k_pages, v_pages, page_len, idx, cnt, padding, floor)
-    return forward.launch(variant, q, k_pages, v_pages, page_len, idx, cnt, scale, padding, floor)
+    return forward.launch(variant, q, k_pages, v_pages, page_len, idx, cnt, scale, padding, floor, gap=(first, behind))
 
 
-def _attention_shapes(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding, least_tokens):
+def _attention_shapes(
+    q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, padding, least_tokens, first, behind
+):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -71,7 +75,7 @@ _TABLES = "Tensor page_len, Tensor idx, Tensor cnt"
 _ATTENTION = _register(
     "pbsa_attention",
     f"(Tensor q, Tensor k_pages, Tensor v_pages, {_TABLES}, Tensor? grad_pages, float scale, str padding, "
-    "int least_tokens) -> (Tensor, Tensor)",
+    "int least_tokens, int first, int behind) -> (Tensor, Tensor)",
     _attention,
     _attention_shapes,
 )
@@ -116,7 +120,7 @@ pool_pages = getattr(torch.ops.sparse_forcing, _POOL).default
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.padding, _ = inputs
+    *tensors, ctx.scale, ctx.padding, _, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -132,13 +136,13 @@ def _differentiate(ctx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         grad_out, grad_lse, out, lse, q, k_pages, v_pages, page_len, idx, cnt, targets, ctx.scale, ctx.padding
     )
     if targets is None:
-        return dq, *[None] * 9
+        return dq, *[None] * 11
     if grad_pages is not None:
         at = torch.arange(groups, device=q.device)[:, None], grad_pages.long()
         dk, dv = (
             torch.zeros(k_pages.shape, dtype=x.dtype, device=x.device).index_put(at, x) for x in (dk, dv)
         )
-    return dq, dk, dv, *[None] * 7
+    return dq, dk, dv, *[None] * 9
 
 
 torch.library.register_autograd(

@@ -58,7 +58,8 @@ def described(x: Tensor, rows: int) -> TensorDescriptor:
 def forward_overlapped(
     q_rows, k_rows, v_rows, page_len, idx, cnt, out, lse,
     q_g, k_g, v_g,
-    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, scale_log2, programs,
+    whole, parts, num_rows, tiles, list_rows, num_lists, longest, num_slots, first, behind, scale_log2,
+    programs,
     T: gl.constexpr, D: gl.constexpr, PADDING: gl.constexpr, FLOOR: gl.constexpr, SHARED: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -72,6 +73,7 @@ def forward_overlapped(
     sizes = whole, parts, programs, num_rows, tiles, list_rows, num_lists, longest, num_slots
     rows = q_rows, k_rows, v_rows
     apart = q_g, k_g, v_g
+    gap = first, behind
     results = out, lse, scale_log2
     if SHARED:
         own = _locate(gl.program_id(0), tables, sizes, apart, 2 * HALF)
@@ -83,7 +85,7 @@ def forward_overlapped(
             [
                 (_attend, (0, own, q_tiles.index(0), q_full, ring, results, T, D, PADDING, FLOOR, STAGES)),
                 (_attend, (HALF, own, q_tiles.index(1), q_full, ring, results, T, D, PADDING, FLOOR, STAGES)),
-                (_fetch_pages, (rows, own, ring, T, STAGES)),
+                (_fetch_pages, (rows, own, ring, gap, T, STAGES)),
             ],
             [4, 1],
             [240, 24],
@@ -102,8 +104,8 @@ def forward_overlapped(
                 (_attend, (0, own, q_tiles.index(0), q_full, ring, results, T, D, PADDING, FLOOR, STAGES)),
                 (_attend, (0, other, other_q_tiles.index(0), other_q_full, other_ring, results, T, D, PADDING, FLOOR,
                            STAGES)),
-                (_fetch_pages, (rows, own, ring, T, STAGES)),
-                (_fetch_pages, (rows, other, other_ring, T, STAGES)),
+                (_fetch_pages, (rows, own, ring, gap, T, STAGES)),
+                (_fetch_pages, (rows, other, other_ring, gap, T, STAGES)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -189,11 +191,13 @@ def _fetch_queries(q_rows, own, q_tiles, q_full, halves: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_pages(rows, own, ring, T: gl.constexpr, STAGES: gl.constexpr):
+def _fetch_pages(rows, own, ring, gap, T: gl.constexpr, STAGES: gl.constexpr):
     """A loading warp."""
     k_row, v_row, pages, count = own[0], own[1], own[5], own[7]
+    first, behind = gap
     for i in range(count):
-        row = gl.load(pages + i) * T
+        slot = gl.load(pages + i)
+        row = (slot + gl.where(slot >= first, behind, 0)) * T
         fetch_step(i, rows[1], rows[2], k_row + row, v_row + row, ring, STAGES)
 
 
