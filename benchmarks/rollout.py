@@ -286,6 +286,7 @@ class FullSize:
         memory = core["state"].StreamState(
             layers=size.layers, heads=size.heads, head_dim=size.dim // size.heads, grid=size.grid,
             chunk_frames=size.chunk, attention=attention, batch=args.batch, dtype=self.dtype, device=self.device,
+            share_open=True,
         )  # fmt: skip
         if "composable" in extras:
             run, why = fast.ComposablePass(self.model, memory), "composable pass: asked for"
@@ -341,8 +342,10 @@ class FullSize:
             memory.begin_chunk(self.size.chunk)
             x = torch.zeros(self.args.batch, 16, self.size.chunk, self.size.height // 8, self.size.width // 8)
             x = x.to(self.device)
+            memory.noisy = True
             for sigma in self.sampler.sigmas:
                 run(x, sigma, self.cross_kv)
+            memory.noisy = False
             run.remember(x, self.cross_kv)
             memory.end_chunk()
 

@@ -6,6 +6,7 @@ It imports torch alone; Triton is looked for when a call or a report first asks 
 
 from . import fused
 from .pbsa import (
+    NO_GAP,
     BlockLists,
     attention_mass,
     backend_report,
@@ -16,6 +17,7 @@ from .pbsa import (
 )
 
 __all__ = [
+    "NO_GAP",
     "BlockLists",
     "attention_mass",
     "backend_report",

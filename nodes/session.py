@@ -156,6 +156,7 @@ class SamplingRun:
             total_frames=self.total_frames,
             dtype=dtype,
             device=device,
+            share_open=True,
         )
 
 

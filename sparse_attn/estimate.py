@@ -95,6 +95,7 @@ class Plan:
             total_frames=self.latent_frames,
             dtype=self.dtype,
             device=device,
+            share_open=True,
         )
 
 

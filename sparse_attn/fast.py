@@ -2,7 +2,9 @@
 
     fast, why = choose_pass(model, memory)         # FastPass, or ComposablePass and the reason
     memory.begin_chunk(frames)
+    memory.noisy = True                            # until the clean pass
     flow = fast(x, sigma, cross_kv)                # as often as the sampler wants
+    memory.noisy = False
     fast.remember(x0, cross_kv)                    # the clean pass
     memory.end_chunk()
 
@@ -34,7 +36,7 @@ from torch import Tensor
 from ..kernels import BlockLists, fused, pbsa_attention
 from .fast_weights import FastBlock, FastModel, FastOptions
 from .frame_cache import FrameCache
-from .memory import PagedKV
+from .memory import LayerPages, PagedKV
 from .rollout import Denoise, upload
 from .router import choose_blocks
 from .state import StreamState
@@ -277,12 +279,13 @@ class FastPass:
         """The flow, or None where it is not wanted."""
         _, _, frames, height, width = x_BCFHW.shape
         self._open(x_BCFHW)
+        self.memory.check_pass()
         cos, sin = self._rope_of(frames, height, width, x_BCFHW.device)
         inputs = Inputs(x_BCFHW, timestep_BF, cos, sin, self._tables)
-        kind = self._kind(clean)
+        kind = self._kind(clean or self._plan() is not None)
         text = self._text_of(cross_kv)
         shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), text[0][0]))
-        key = (kind, wanted, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores)
+        key = (kind, wanted, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores, self._plan())
         kept = self._kept_of(inputs) if kind != EXACT else None
         if graph := self._graph_for(key, inputs, text, kept):
             flow, shares = self._replay(graph, inputs, text), graph.shares
@@ -331,6 +334,11 @@ class FastPass:
         if isinstance(cache, FrameCache):
             return len(cache.slots) + len(cache.current)
         return self.memory.attention.topk_after(self.memory.frame)
+
+    def _plan(self) -> tuple | None:
+        """What else the last pass of a chunk depends on where it also updates the memory, None in others."""
+        cache, memory = self.memory.cache, self.memory
+        return cache.plan() if isinstance(cache, PagedKV) and cache.shared and memory.stores else None
 
     def _kind(self, clean: bool) -> str:
         """exact: on its own, as every pass is without the options that share work, and every clean pass is with them.
@@ -448,12 +456,13 @@ class FastPass:
         with named_range("element-wise"):
             pages = cache.pages(layer)
             q_blocks, pooled_q = fused.norm_rope_to_pages(
-                *parts, rows, current, *pages, cache.pooled[layer], backend=self.backend
+                *parts, rows, current, *pages.write, cache.pooled[layer], backend=self.backend
             )
-            if memory.stores:
-                cache.store(layer, current)
         reading = cache, pages, persistent, window
         out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept, wanted)
+        if memory.stores:
+            with named_range("element-wise"):
+                cache.finish(layer, shares)
         if out is None:
             return None, shares
         with named_range("element-wise"):
@@ -468,7 +477,7 @@ class FastPass:
         q_blocks: Tensor,
         pooled_q: Tensor,
         cache: PagedKV,
-        pages: tuple[Tensor, Tensor],
+        pages: LayerPages,
         persistent: Tensor,
         window: Tensor,
         kind: str,
@@ -510,13 +519,13 @@ class FastPass:
             return fused.merge_attention(out, lse, *over_persistent, backend=self.backend), None
 
     def _pbsa(
-        self, layer: int, cache: PagedKV, pages: tuple[Tensor, Tensor], q_blocks: Tensor, lists: BlockLists
+        self, layer: int, cache: PagedKV, pages: LayerPages, q_blocks: Tensor, lists: BlockLists
     ) -> tuple[Tensor, Tensor]:
         # what lies behind a page's end was written as zeros, here and by `BlockGeometry.pack`
         least = cache.least_tokens
         return pbsa_attention(
-            q_blocks, *pages, cache.page_len[layer], lists, padding="finite", least_tokens=least,
-            backend=self.backend,
+            q_blocks, *pages.read, cache.page_len[layer], lists, padding="finite", least_tokens=least,
+            gap=pages.gap, backend=self.backend,
         )  # fmt: skip
 
     # CUDA graphs
@@ -660,6 +669,8 @@ def option_error(
             memory.begin_chunk(x.shape[2])
         off = size = torch.zeros((), device=x.device)
         for sigma in (*sigmas, 0.0):
+            for memory, _ in streams:
+                memory.noisy = sigma > 0
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
             noised = (1 - sigma) * x + sigma * noise
             truth, found = (run(noised, sigma, cross_kv).float() for _, run in streams)

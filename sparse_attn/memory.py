@@ -9,6 +9,11 @@ P = TopC(P u E; importance), and the slots of what was dropped become free. TopC
 known on the host; which blocks win is known to the device alone, where the table is rewritten. No page is copied, the
 host never waits, and little but tables is allocated. Entries of P and of the window keep the order of time.
 With `keep` "novelty", what a block shows that no newer one does takes the place of importance.
+
+With `share_open` the layers share the pages of the open chunk: while it is denoised, what one layer wrote is not needed
+once the next one attends. The table then permutes the R slots in which pages rest, and the last S - R are the open
+chunk's. In the clean pass each layer is updated as soon as it has attended, and its new pages are copied to where E's
+losers were: a quarter less memory with the default settings. A clean pass that is cut in its middle leaves a torn memory.
 """
 
 from __future__ import annotations
@@ -19,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import pool_pages
-from ..kernels.fused import Pages8, pack_pages, unpack_pages
+from ..kernels import NO_GAP, pool_pages
+from ..kernels.fused import Pages8, pack_pages, put_pages, unpack_pages, update_table
 from .config import QUARTERS, AttentionConfig
 from .geometry import BlockGeometry, least_tokens
 from .offload import HostLayers
@@ -35,15 +40,23 @@ class WindowChunk(NamedTuple):
     blocks: int
 
 
+class LayerPages(NamedTuple):
+    """Where a layer's keys and values are: good until another layer's are asked for."""
+
+    read: tuple[Tensor, Tensor]  # [G, S + gap, T, D]
+    gap: tuple[int, int]  # of `kernels.pbsa_attention`
+    write: tuple[Tensor, Tensor]  # [G, S, T, D], of which the open chunk's slots are to be written
+
+
 class PagedKV:
     """Pages and tables of all layers, for mode "sparse".
 
-    k_pages, v_pages [L, G, S, T, D]; page_len [L, G, S] int32, valid tokens at the front of a page; page_frame
+    k_pages, v_pages [L, G, R, T, D], R = S unless `shared`; page_len [L, G, S] int32, valid tokens at the front of a page; page_frame
     [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); page_block [L, G, S] int32,
     the block's number in its chunk, for the memory map; pooled [L, G, S, D] float32, mean of the page's keys (with
     `router` "quarters" [L, G, S, 4, D]); table
-    [L, G, S] int64, the permutation of slots described above. least_tokens: what every page in use holds at least.
-    With `page_bits` 8 pages are int8, beside `scales`: of keys [L, G, S, D] and values [L, G, S, T], float32; they
+    [L, G, R] int64, the permutation of slots described above. least_tokens: what every page in use holds at least.
+    With `page_bits` 8 pages are int8, beside `scales`: of keys [L, G, R, D] and values [L, G, R, T], float32; they
     are `unpacked` into keys and values [G, S, T, D] of one layer after another. With `offload_pages` pages are in the
     memory of the `host`, which has room for two layers' on the device.
     S = (persistent_frames + window_frames) / chunk_frames * blocks a chunk.
@@ -60,6 +73,7 @@ class PagedKV:
         attention: AttentionConfig,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        share_open: bool = False,
     ):
         self.grid, self.chunk_frames, self.attention = grid, chunk_frames, attention
         self._geometries: dict[int, BlockGeometry] = {}
@@ -68,35 +82,61 @@ class PagedKV:
         self.least_tokens = least_tokens(chunk_frames, tuple(grid), attention.block_tokens)
         self.window_chunks = attention.window_frames // chunk_frames
         self.capacity = attention.persistent_frames // chunk_frames * blocks
-        table_shape = (layers, groups, self.capacity + self.window_chunks * blocks)
-        page_shape = (*table_shape, attention.block_tokens, head_dim)
-        eight = attention.page_bits == 8
-        stored = torch.int8 if eight else dtype
-        self.scales: list[Tensor] = []
-        self.unpacked: list[Tensor] = []
-        self.host: HostLayers | None = None
-        if attention.offload_pages:
-            self.host = HostLayers(2, page_shape, stored, device)
-            self.k_pages, self.v_pages = self.host.tensors
-        else:
-            self.k_pages, self.v_pages = (
-                torch.zeros(page_shape, dtype=stored, device=device) for _ in range(2)
-            )
-        if eight:
-            sides = (head_dim, attention.block_tokens)
-            self.scales = [torch.zeros(*table_shape, side, device=device) for side in sides]
-            self.unpacked = [torch.zeros(page_shape[1:], dtype=dtype, device=device) for _ in range(2)]
+        self.shared = share_open and self.window_chunks > 1  # a window of the open chunk alone has nowhere else to rest
+        slots = self.capacity + self.window_chunks * blocks
+        self.resting = slots - blocks if self.shared else slots  # R
+        table_shape = (layers, groups, slots)
+        self._make_pages(table_shape, (attention.block_tokens, head_dim), dtype, device)
         self.quarters = attention.router == "quarters"
         seen = (QUARTERS, head_dim) if self.quarters else (head_dim,)
         self.pooled = torch.zeros(*table_shape, *seen, device=device)
         self.page_len, self.page_frame, self.page_block = (
             torch.zeros(table_shape, dtype=torch.int32, device=device) for _ in range(3)
         )
-        self.table = torch.zeros(table_shape, dtype=torch.int64, device=device)
+        self.table = torch.zeros((*table_shape[:2], self.resting), dtype=torch.int64, device=device)
+        open_slots = torch.arange(self.resting, slots, device=device)
+        self._open_slots = open_slots.expand(*table_shape[:2], -1).contiguous()  # CUDA graphs know where it is
         # what the open chunk's blocks gave each page, each layer's latest: what the clean pass found decides
         self.shares: list[Tensor | None] = [None] * layers
         self._groups = torch.arange(groups, device=device)[:, None]
         self.reset()
+
+    def _make_pages(
+        self,
+        slots: tuple[int, int, int],
+        page: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """All that holds pages, as the attention says: slots (L, G, S), page (T, D)."""
+        layers, groups, count = slots
+        eight, offload = self.attention.page_bits == 8, self.attention.offload_pages
+        rest_shape = (layers, groups, self.resting, *page)
+        stored = torch.int8 if eight else dtype
+        self.scales: list[Tensor] = []
+        self.unpacked: list[Tensor] = []
+        self.host: HostLayers | None = None
+        # of all layers, and behind them the open chunk's: [G, L * R + S - R, T, D], where nothing else holds those
+        self._pool: list[Tensor] = []
+        if offload:
+            self.host = HostLayers(2, rest_shape, stored, device, room=self.resting if eight else count)
+            self.k_pages, self.v_pages = self.host.tensors
+        elif self.shared and not eight:
+            pages = layers * self.resting
+            self._pool = [
+                torch.zeros(groups, pages + count - self.resting, *page, dtype=dtype, device=device)
+                for _ in range(2)
+            ]
+            self.k_pages, self.v_pages = (
+                x[:, :pages].unflatten(1, (layers, self.resting)).transpose(0, 1) for x in self._pool
+            )
+        else:
+            self.k_pages, self.v_pages = (
+                torch.zeros(rest_shape, dtype=stored, device=device) for _ in range(2)
+            )
+        if eight:
+            self.scales = [torch.zeros(*rest_shape[:3], side, device=device) for side in reversed(page)]
+            self.unpacked = [torch.zeros(groups, count, *page, dtype=dtype, device=device) for _ in range(2)]
 
     def reset(self) -> None:
         """Forget everything; the pool stays."""
@@ -123,12 +163,16 @@ class PagedKV:
         if self.host:
             self.host.join()
         self.chunk = self.geometry(frames)
+        self._begins, blocks = frame, self.chunk.num_blocks
         start = self.capacity + sum(chunk.blocks for chunk in self.window)
-        stop = start + self.chunk.num_blocks
-        assert stop <= self.table.shape[-1], "the window keeps room for a whole chunk"
-        self.current = self.table[..., start:stop].contiguous()
+        if self.shared:
+            self.current = self._open_slots[..., :blocks]
+        else:
+            assert start + blocks <= self.table.shape[-1], "the window keeps room for a whole chunk"
+            self.current = self.table[..., start : start + blocks].contiguous()
         self.persistent_slots = self.table[..., : self.persistent].to(torch.int32)
-        self.window_slots = self.table[..., self.capacity : stop].to(torch.int32)
+        finished = self.table[..., self.capacity : start]
+        self.window_slots = torch.cat([finished, self.current], dim=-1).to(torch.int32)
         shape = self.current.shape
         self.chunk_lens = self.chunk.lens.expand(shape[1:]).contiguous()  # [G, NB]
         self.page_len.scatter_(2, self.current, self.chunk_lens.expand(shape))
@@ -140,31 +184,61 @@ class PagedKV:
     @property
     def scratch(self) -> list[Tensor]:
         """What is on the device beside `tensors`."""
-        return [*self.unpacked, *(self.host.room if self.host else [])]
+        open_part = (x[:, self.k_pages.shape[0] * self.resting :] for x in self._pool)
+        return [*open_part, *self.unpacked, *(self.host.room if self.host else [])]
 
     @property
     def apart(self) -> bool:
-        """Whether pages rest elsewhere than where they are read, so that what is written must be stored."""
-        return bool(self.scales) or self.host is not None
+        """Whether pages rest elsewhere than where they are written, so that a chunk's last pass must `finish` them."""
+        return self.shared or bool(self.scales) or self.host is not None
 
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values [G, S, T, D], to read, and to write the open chunk's into. Where they rest `apart`
-        they are a copy, good until another layer's are asked for, and what is written is kept by `store`."""
+    def pages(self, layer: int) -> LayerPages:
+        """A layer's keys and values, to read, and to write the open chunk's into. Where they rest `apart` that is good
+        for one pass, and what is to be kept is kept by `finish`."""
         if self.host:
             self.host.take(layer)
-        if not self.scales:
-            return self._resting(layer)
-        k, v = self.unpacked
-        unpack_pages(self._packed(layer), k, v, backend=self.attention.backend)
-        return k, v
+        if self.scales:
+            rest = (x[:, : self.resting] for x in self.unpacked)
+            unpack_pages(self._packed(layer), *rest, backend=self.attention.backend)
+        return self._views(layer)
 
-    def store(self, layer: int, slots: Tensor, values: bool = True) -> None:
-        """Keep what was written at `slots` [G, n] of the layer's `pages`; without `values` the keys."""
+    def _views(self, layer: int) -> LayerPages:
+        """What `pages` returned."""
+        if self._pool:
+            last = self.k_pages.shape[0] - 1  # behind whose pages the open chunk's lie
+            k, v = (x[:, layer * self.resting :] for x in self._pool)
+            k_last, v_last = (x[:, last * self.resting :] for x in self._pool)
+            return LayerPages((k, v), (self.resting, (last - layer) * self.resting), (k_last, v_last))
+        k, v = self.unpacked or self._resting(layer)
+        return LayerPages((k, v), NO_GAP, (k, v))
+
+    def finish(self, layer: int, shares: Tensor | None) -> None:
+        """Keep what a chunk's last pass wrote in a layer, which has attended: once a chunk where it is `shared`.
+
+        shares: of `end_chunk`. Nothing here depends on what a chunk before this one left on the host but `plan`.
+        """
+        if not self.apart:
+            return
+        slots = self.current[layer]
+        if self.shared:
+            self._update(range(layer, layer + 1), [shares])
+            slots, (read, _, write) = self._new_slots()[layer], self._views(layer)
+            stop = self.resting + self.chunk.num_blocks
+            blocks = (x[:, self.resting : stop] for x in write)
+            put_pages(*blocks, slots, *read, backend=self.attention.backend)
+        self._pack(layer, slots)
+        if self.host:
+            self.host.keep(layer)
+
+    def plan(self) -> tuple:
+        """What `finish` depends on, apart from tensors that stay where they are."""
+        return self.persistent, self._pinned_after(), tuple(self.window), self.chunk.num_blocks
+
+    def _pack(self, layer: int, slots: Tensor, values: bool = True) -> None:
+        """Keep what was written at `slots` [G, n], if pages rest in 8 bits; without `values` the keys."""
         if self.scales:
             k, v = self.unpacked
             pack_pages(k, v, slots, self._packed(layer), values=values, backend=self.attention.backend)
-        if self.host:
-            self.host.keep(layer, None if values else 1)
 
     def _resting(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values as they rest, on the device: of an offloaded layer, once it was taken."""
@@ -175,19 +249,14 @@ class PagedKV:
         (k, v), (k_scale, v_scale) = self._resting(layer), self.scales
         return Pages8(k, k_scale[layer], v, v_scale[layer])
 
-    def write(
-        self, layer: int, k_blocks: Tensor, v_blocks: Tensor, store: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Write the open chunk's blocks [G, NB, T, D] and pool their keys; returns the layer's `pages`. Without `store`
-        what rests `apart` is not changed: good for this pass alone."""
+    def write(self, layer: int, k_blocks: Tensor, v_blocks: Tensor) -> LayerPages:
+        """Write the open chunk's blocks [G, NB, T, D] and pool their keys; returns the layer's `pages`."""
         at = (self._groups, self.current[layer])
-        k_pages, v_pages = self.pages(layer)
-        k_pages[at] = k_blocks.to(k_pages.dtype)
-        v_pages[at] = v_blocks.to(v_pages.dtype)
+        pages = self.pages(layer)
+        for stored, blocks in zip(pages.write, (k_blocks, v_blocks)):
+            stored[at] = blocks.to(stored.dtype)
         self.pooled[layer][at] = self.pool(k_blocks, self.chunk_lens)
-        if store:
-            self.store(layer, self.current[layer])
-        return k_pages, v_pages
+        return pages
 
     def pool(self, blocks: Tensor, lens: Tensor) -> Tensor:
         """What the router sees of blocks [G, n, T, D] with `lens` [G, n] valid tokens: their mean [G, n, D] float32, or
@@ -210,13 +279,17 @@ class PagedKV:
 
         Reads `shares`: for each layer [G, NB, NP + NW] float32, in the order persistent, window.
         """
-        frames, blocks = self.chunk.grid[0], self.chunk.num_blocks
-        self.window.append(WindowChunk(frames, blocks))
-        self.time += frames
-        if frame + frames <= self.attention.sink_frames:
-            self.pinned += blocks
-        if len(self.window) == self.window_chunks:
-            self._evict_oldest()
+        if self.shared:
+            self._keep_tables()
+        else:
+            self._update(range(self.table.shape[0]), self.shares)
+        leaving, self.pinned = self._leaving(), self._pinned_after()
+        self.window.append(self._open_chunk())
+        self.time += self.window[-1].frames
+        if leaving is not None:
+            self.window.pop(0)
+            self.persistent = min(self.capacity, self.persistent + leaving.blocks)
+            self.time -= leaving.frames if self.attention.positions == "rebased" else 0
 
     def recent_frames(self, keep_sink: bool = True) -> int:
         """Latent frames of the window: what is not yet long-lived memory, whatever becomes of the sink."""
@@ -257,53 +330,92 @@ class PagedKV:
         """[L, G, NP] int32: the latent frame from which each block of P stems, the memory map of a stream."""
         return self.page_frame.gather(2, self.table[..., : self.persistent])
 
-    def _evict_oldest(self) -> None:
+    def _open_chunk(self) -> WindowChunk:
+        return WindowChunk(self.chunk.grid[0], self.chunk.num_blocks)
+
+    def _leaving(self) -> WindowChunk | None:
+        """The chunk E that leaves the window when the open one ends, if one does."""
+        chunks = [*self.window, self._open_chunk()]
+        return chunks[0] if len(chunks) == self.window_chunks else None
+
+    def _pinned_after(self) -> int:
+        """`pinned`, once the open chunk has ended."""
+        frames, blocks = self._open_chunk()
+        return self.pinned + (blocks if self._begins + frames <= self.attention.sink_frames else 0)
+
+    def _new_slots(self) -> Tensor:
+        """[L, G, NB]: where the open chunk's blocks rest, of layers that are updated."""
+        stay = self.window[1:] if self._leaving() else self.window
+        start = self.capacity + sum(chunk.blocks for chunk in stay)
+        return self.table[..., start : start + self.chunk.num_blocks]
+
+    def _keep_tables(self) -> None:
+        """The open chunk's facts go where `finish` has put its pages."""
+        slots = self._new_slots()
+        open_part = slice(self.resting, self.resting + slots.shape[-1])
+        for facts in (self.page_len, self.page_frame, self.page_block):
+            facts.scatter_(2, slots, facts[..., open_part])
+        seen = self.pooled.flatten(3) if self.quarters else self.pooled
+        seen.scatter_(2, slots[..., None].expand(*slots.shape, seen.shape[-1]), seen[:, :, open_part].clone())
+
+    def _update(self, layers: range, shares: list[Tensor | None]) -> None:
+        """The memory update of some layers, whose `shares` are given: E leaves the window. Changes nothing on the host."""
+        leaving = self._leaving()
+        if leaving is None:
+            return
         if self.attention.positions == "rebased":
-            self._turn_back(self.window[0].frames)
-        evicted = self.window.pop(0).blocks
-        candidates = self.persistent + evicted
-        kept = min(self.capacity, candidates)
-        P, window = self.table.tensor_split([self.capacity], dim=-1)
-        slots = torch.cat([P[..., : self.persistent], window[..., :evicted]], dim=-1)
+            for layer in layers:
+                self._turn_back(layer, leaving.frames)
+        candidates = self.persistent + leaving.blocks
         if self.attention.keep == "novelty":
-            stop = evicted + sum(chunk.blocks for chunk in self.window)
-            score = self._novelty(slots, window[..., evicted:stop])
+            score = torch.stack([self._novelty(layer, candidates) for layer in layers])
         else:
-            shares = [layer[..., :candidates] for layer in self.shares if layer is not None]
-            score = torch.stack(shares).sum(2)
-        score[..., : self.pinned] = torch.inf
-        ranking = score.sort(dim=-1, descending=True, stable=True).indices
-        in_time_order = (part.sort(dim=-1).values for part in ranking.tensor_split([kept], dim=-1))
-        winners, losers = (slots.gather(-1, places) for places in in_time_order)
-        free = torch.cat([P[..., self.persistent :], losers], dim=-1)
-        unfilled = self.capacity - kept
-        parts = [winners, free[..., :unfilled], window[..., evicted:], free[..., unfilled:]]
-        self.table.copy_(torch.cat(parts, dim=-1))
-        self.persistent = kept
+            score = torch.stack([part[..., :candidates] for part in shares if part is not None]).sum(2)
+        score[..., : self._pinned_after()] = torch.inf
+        rows, score = (x.flatten(0, 1) for x in (self.table[layers.start : layers.stop], score))
+        update_table(
+            rows, score, self.capacity, self.persistent, leaving.blocks, backend=self.attention.backend
+        )
 
-    def _novelty(self, candidates: Tensor, newer: Tensor) -> Tensor:
-        """[L, G, C]: 1 - the largest cosine between a candidate's mean value and that of a newer block or of the sink.
-
-        candidates [L, G, C] and newer [L, G, W]: slots, both in the order of time.
-        """
-        slots, count = torch.cat([candidates, newer], dim=-1), candidates.shape[-1]
-        place = torch.arange(slots.shape[-1], device=self._device)
-        compared = (place > place[:count, None]) | (place < self.pinned)
-        scores = []
-        for layer, used in enumerate(slots):  # one at a time: what lies in between stays small
-            means = pool_pages(self.pages(layer)[1], self.page_len[layer])[self._groups, used]
-            directions = F.normalize(means.float(), dim=-1)
-            likeness = directions[:, :count] @ directions.mT
-            scores.append(1 - likeness.masked_fill(~compared, -1).amax(dim=-1))
-        return torch.stack(scores)
-
-    def _turn_back(self, frames: int) -> None:
-        """Turn the keys of the whole window, E included, back by `frames`: E then lies just before the window."""
-        self.time -= frames
+    def _window_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """[G, n]: the slots of the window's finished chunks, and of the open one."""
         stop = self.capacity + sum(chunk.blocks for chunk in self.window)
-        for layer, slots in enumerate(self.table[..., self.capacity : stop]):
+        return self.table[layer, :, self.capacity : stop], self.current[layer]
+
+    def _novelty(self, layer: int, count: int) -> Tensor:
+        """[G, count]: 1 - the largest cosine between a candidate's mean value and that of a newer block or of the sink.
+
+        The candidates are the first `count` of P, then the window, in the order of time.
+        """
+        finished, current = self._window_of(layer)
+        (_, read), _, (_, write) = self._views(layer) if self.shared else self.pages(layer)
+        slots, lens = torch.cat([self.table[layer, :, : self.persistent], finished], dim=-1), self.page_len[layer]
+        rest = slice(0, self.resting)
+        if self.shared:
+            new = slice(self.resting, None)
+            parts = [(read, rest, slots), (write, new, current)]
+        else:
+            parts = [(read, rest, torch.cat([slots, current], dim=-1))]
+        means = [
+            pool_pages(pages[:, part], lens[:, part])[self._groups, used - part.start]
+            for pages, part, used in parts
+        ]
+        directions = F.normalize(torch.cat(means, dim=1).float(), dim=-1)
+        place = torch.arange(directions.shape[1], device=self._device)
+        compared = (place > place[:count, None]) | (place < self._pinned_after())
+        likeness = directions[:, :count] @ directions.mT
+        return 1 - likeness.masked_fill(~compared, -1).amax(dim=-1)
+
+    def _turn_back(self, layer: int, frames: int) -> None:
+        """Turn a layer's keys of the whole window, E included, back by `frames`: E then lies just before the window."""
+        finished, current = self._window_of(layer)
+        (read, _), _, (write, _) = self._views(layer) if self.shared else self.pages(layer)
+        for slots, pages in ((finished, read), (current, write)):
             at = (self._groups, slots)
-            # a layer at a time, so that the copies stay small
-            for keys in (self.pages(layer)[0], self.pooled[layer]):
+            for keys in (pages, self.pooled[layer]):
                 keys[at] = shift_time(keys[at], -frames, keys.shape[-1])
-            self.store(layer, slots, values=False)
+        self._pack(layer, finished, values=False)
+        if not self.shared:  # `finish` packs and keeps the rest
+            self._pack(layer, current, values=False)
+            if self.host:
+                self.host.keep(layer, 1)

@@ -190,6 +190,7 @@ def _shell(saved: dict[str, Tensor]) -> StreamState:
             batch=fact["batch"],
             dtype=saved["k_pages"].dtype,  # of pages in 8 bits nothing is kept in another one
             device="meta",
+            share_open=saved["k_pages"].shape[2] < saved["page_len"].shape[2],
         )
     except SessionError:
         raise

@@ -18,19 +18,26 @@ logger = logging.getLogger("sparse_forcing.offload")
 
 
 class HostLayers:
-    """`count` tensors [L, *shape] of one dtype in the host's memory, zeros at first, and two layers' room on `device`.
+    """`count` tensors [L, G, R, ...] of one dtype in the host's memory, zeros at first, and two layers' room on `device`.
 
+    room: a layer there is [G, room, ...], of which the first R entries are the host's; default R.
     take -> change in place -> keep, layer by layer; what is not kept is lost when the second layer after it is taken.
     Nothing waits: the device's current stream waits for copies, and they for it. On device "meta" nothing is allocated.
     """
 
     def __init__(
-        self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+        self,
+        count: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        room: int | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.tensors = [_host_zeros(shape, dtype, self.device) for _ in range(count)]
-        # [2, ...] each: of even and of odd layers
-        self.room = [torch.zeros(2, *shape[1:], dtype=dtype, device=device) for _ in range(count)]
+        # [2, G, room, ...] each: of even and of odd layers
+        sizes = 2, shape[1], room or shape[2], *shape[3:]
+        self.room = [torch.zeros(sizes, dtype=dtype, device=device) for _ in range(count)]
         self._copies = side_stream(self.device, "offload") if self.device.type == "cuda" else None
         self._ahead: tuple[int, torch.cuda.Event | None] | None = None  # the layer that is on its way
 
@@ -54,7 +61,7 @@ class HostLayers:
         """Copy a layer that was taken back to the host's memory, or only its `first` tensors."""
         with self._behind_the_device():
             for tensor, there in list(zip(self.tensors, self.at(layer)))[:first]:
-                tensor[layer].copy_(there, non_blocking=True)
+                _copy(there, tensor[layer], to_room=False)
         if layer + 1 == len(self.tensors[0]):
             self.join()  # a pass ends with all of its copies
 
@@ -79,7 +86,7 @@ class HostLayers:
         """Begin to copy a layer to the device, behind what uses its room now."""
         with self._behind_the_device():
             for tensor, there in zip(self.tensors, self.at(layer)):
-                there.copy_(tensor[layer], non_blocking=True)
+                _copy(there, tensor[layer], to_room=True)
         self._ahead = layer, None if self._copies is None else self._copies.record_event()
 
     def _behind_the_device(self) -> AbstractContextManager:
@@ -88,6 +95,14 @@ class HostLayers:
             return nullcontext()
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self._copies)
+
+
+def _copy(room: Tensor, host: Tensor, to_room: bool) -> None:
+    """Between room [G, room, ...] and host [G, R, ...], a group at a time where the room is longer: what is not
+    contiguous would be copied twice."""
+    pairs = [(room, host)] if room.shape == host.shape else [(a[: len(b)], b) for a, b in zip(room, host)]
+    for there, here in pairs:
+        (there if to_room else here).copy_(here if to_room else there, non_blocking=True)
 
 
 def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -190,6 +190,7 @@ def new_memory(
         total_frames=request.latent_frames,
         dtype=dtype,
         device=device,
+        share_open=True,
     )
 
 

@@ -34,7 +34,7 @@ class Memory(Protocol):
 
     def begin_chunk(self, frames: int) -> None: ...
 
-    def end_chunk(self) -> None: ...
+    def end_chunk(self) -> None: ...  # right after the pass that was not noisy
 
 
 @dataclass
@@ -73,7 +73,8 @@ def stream(
 
     Noise is drawn on the CPU, seeded seed + 1000 i + 999 for the start of chunk i, seed + 1000 i + k after its step k.
     A tuple gives each of the B videos a seed of its own, and so the noise that it would have alone.
-    Closing the iterator, or an exception in it, leaves the memory at the last chunk that was finished.
+    Closing the iterator, or an exception in it, leaves the memory at the last chunk that was finished. What `on_pass`
+    raises after a clean pass comes behind the chunk, which is finished by then.
     Raises ValueError for settings that do not fit together.
     """
     sampler.validate()
@@ -86,14 +87,14 @@ def stream(
         clean = clean_last or total is None or index * sampler.chunk_frames + frames < total
         began, start_frame = time.perf_counter(), memory.frame
         memory.begin_chunk(frames)
-        latent, wait_for = _denoise_chunk(
+        latent, wait_for, stopped = _denoise_chunk(
             denoise, memory, sampler.sigmas_of(index), x, seed, index, on_pass, clean
         )
-        if clean:
-            memory.end_chunk()
         x = first_x(index + 1)  # the host draws while the device still computes
         wait_for()
         yield Chunk(index, start_frame, latent, time.perf_counter() - began)
+        if stopped is not None:
+            raise stopped
 
 
 def prefill(denoise: Denoise, memory: Memory, latent: Tensor, chunk_frames: int) -> None:
@@ -162,8 +163,9 @@ def _denoise_chunk(
     index: int,
     on_pass: OnPass | None,
     clean: bool,
-) -> tuple[Tensor, Callable[[], None]]:
-    """All passes of one chunk from x at the first sigma -> the finished latent, float32, and what waits for it."""
+) -> tuple[Tensor, Callable[[], None], BaseException | None]:
+    """All passes of one chunk from x at the first sigma, and its end in the memory if one is `clean` -> the finished
+    latent, float32, what waits for it, and what `on_pass` raised behind the clean pass."""
     passes = len(sigmas) + clean
     x0, memory.noisy = x, True
     for step, sigma in enumerate(sigmas):
@@ -177,9 +179,13 @@ def _denoise_chunk(
     if clean:
         memory.noisy = False
         denoise(x0, 0.0)
-        if on_pass is not None:
-            on_pass(index, passes - 1, passes, x0)
-    return x0, wait_for
+        memory.end_chunk()
+        try:
+            if on_pass is not None:
+                on_pass(index, passes - 1, passes, x0)
+        except BaseException as stopped:
+            return x0, wait_for, stopped
+    return x0, wait_for, None
 
 
 def upload(x: Tensor, device: torch.device | str) -> Tensor:

@@ -66,6 +66,7 @@ def _filled(one: Plan, device: torch.device) -> StreamState:
         state.attend(0, keys, keys, keys)
         state.end_chunk()
     state.begin_chunk(min(one.chunk_frames, one.latent_frames))
+    state.noisy = True  # every pass that is timed is followed by another one
     return state
 
 

@@ -2,7 +2,8 @@
 
 A stream is generated chunk by chunk. `begin_chunk` makes room, every pass of the model calls `attend` once a layer, and
 `end_chunk`, after the clean pass, keeps what that pass wrote. A chunk that is begun and never ended leaves nothing
-behind: the next `begin_chunk` takes its place. So finished chunks survive an interruption at any moment.
+behind: the next `begin_chunk` takes its place. So finished chunks survive an interruption at any moment; with
+`share_open`, at any moment but within a clean pass, after which the memory says that it is torn.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class StreamState:
     grid: tokens (height, width) of a latent frame. total_frames (latent): needed by mode "dense", which allocates for
     it. dense_attention: called as (q, k, v) -> out with q [B, N, H, D] and k, v [B, M, H, D] in modes "dense" and
     "window"; default: PyTorch's. On device "meta" nothing is allocated, and `nbytes` still tells what would be.
+    share_open: mode "sparse" stores the open chunk once, not once a layer. For generating: no gradients, `noisy` set
+    before every pass but a chunk's last, and `end_chunk` right after that one.
     Raises ValueError for settings that do not fit together.
     """
 
@@ -72,11 +75,13 @@ class StreamState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         dense_attention: DenseAttention | None = None,
+        share_open: bool = False,
     ):
         attention.validate(chunk_frames)
         self.layers, self.heads, self.head_dim, self.grid, self.batch = layers, heads, head_dim, grid, batch
         self.chunk_frames, self.attention, self.dtype = chunk_frames, attention, dtype
         self.dense_attention = dense_attention or sdpa
+        self._share_open = share_open
         # normal tensors even where a host is in inference mode, so that any thread may restore a session into them
         with torch.inference_mode(False):
             self.cache = (
@@ -94,6 +99,7 @@ class StreamState:
             attention=self.attention,
             dtype=self.dtype,
             device=device,
+            share_open=self._share_open,
         )
 
     def _frames(self, total_frames: int | None, device: torch.device | str) -> FrameCache | PagedKV:
@@ -123,13 +129,16 @@ class StreamState:
         self.cache.reset()
         self.frame = 0
         self.t_start = 0
+        self._torn = False
         self._close()
 
     def begin_chunk(self, frames: int) -> None:
         """Open the next chunk, of 1 to chunk_frames latent frames, in place of one that was not ended.
 
-        Sets `t_start`, the temporal RoPE index of its first frame. Raises ValueError when mode "dense" is full.
+        Sets `t_start`, the temporal RoPE index of its first frame. Raises ValueError when mode "dense" is full,
+        RuntimeError when the memory is torn.
         """
+        self._check_whole()
         if not 1 <= frames <= self.chunk_frames:
             raise ValueError(
                 f"a chunk of {frames} frames: use 1 to {self.chunk_frames}, this stream's chunk_frames."
@@ -147,6 +156,7 @@ class StreamState:
         expected = (self.batch, self.open_frames * self.grid[0] * self.grid[1], self.heads, self.head_dim)
         if not self.open_frames or tuple(q.shape) != expected:
             raise ValueError(f"attend got q of shape {list(q.shape)}, the open chunk needs {list(expected)}.")
+        self.check_pass([layer])
         q_stored = q.to(self.dtype)
         if isinstance(self.cache, PagedKV):
             out = self._attend_sparse(self.cache, layer, q_stored, k, v)
@@ -166,12 +176,25 @@ class StreamState:
         self.frame += self.open_frames
         self._close()
 
+    def check_pass(self, layers: Iterable[int] | None = None) -> None:
+        """Raise ValueError if a pass may not write these layers, or all: its chunk's last pass has."""
+        if self._shares_open and self._attended & set(range(self.layers) if layers is None else layers):
+            raise ValueError(
+                f"the last pass over frames {self.frame} to {self.frame + self.open_frames - 1} has written layer "
+                f"{min(self._attended)}: set `noisy` before every pass that another one follows, and call end_chunk "
+                "after the last."
+            )
+
     def wrote_all(self) -> None:
         """Say that a pass wrote the open chunk's keys and values in every layer without `attend` (see `fast`)."""
         self._wrote(range(self.layers))
 
     def _wrote(self, layers: Iterable[int]) -> None:
         (self._attended.update if self.stores else self._attended.difference_update)(layers)
+
+    @property
+    def _shares_open(self) -> bool:
+        return isinstance(self.cache, PagedKV) and self.cache.shared
 
     @property
     def stores(self) -> bool:
@@ -192,6 +215,7 @@ class StreamState:
 
         At most `recent_frames`; in mode "sparse" whole chunks.
         """
+        self._check_whole()
         self._close()
         if isinstance(self.cache, PagedKV):
             self.cache.rewind(frames, self.frame)
@@ -213,6 +237,16 @@ class StreamState:
         self.open_frames = frames
         return frames
 
+    def _check_whole(self) -> None:
+        """Raise RuntimeError if a clean pass was cut after it had begun to change what finished chunks left."""
+        self._torn |= self._shares_open and bool(self._attended)
+        if self._torn:
+            raise RuntimeError(
+                f"The clean pass of the frames from {self.frame} on was cut short, and had begun to change the memory "
+                "of those before: restore a snapshot, or reset the memory and write its frames again "
+                "(rollout.prefill)."
+            )
+
     def _close(self) -> None:
         self.open_frames = 0  # latent frames of the open chunk, 0 between chunks
         # whoever makes the passes may say so before one that another one follows in this chunk
@@ -228,9 +262,10 @@ class StreamState:
         q_blocks, k_blocks, v_blocks = (cache.chunk.pack(x) for x in (q, k, v))
         if cache.apart and torch.is_grad_enabled() and k.requires_grad:
             raise ValueError(
-                "page_bits 8 and offload_pages are for generating: train with page_bits 16, without offload_pages."
+                "page_bits 8, offload_pages and share_open are for generating: train with page_bits 16, without "
+                "the others."
             )
-        pages = cache.write(layer, k_blocks.detach(), v_blocks.detach(), self.stores)
+        pages = cache.write(layer, k_blocks.detach(), v_blocks.detach())
         lists, cache.shares[layer] = choose_blocks(
             cache.pool(q_blocks.detach(), cache.chunk_lens),
             cache.pooled[layer],
@@ -242,7 +277,7 @@ class StreamState:
         )
         k_pages, v_pages = (
             _differentiable(stored, fresh, partial(cache.open_part, layer))
-            for stored, fresh in zip(pages, (k_blocks, v_blocks))
+            for stored, fresh in zip(pages.read, (k_blocks, v_blocks))
         )
         out, _ = pbsa_attention(
             q_blocks,
@@ -253,8 +288,11 @@ class StreamState:
             padding="finite",  # pages start as zeros, and blocks are packed with zeros
             least_tokens=cache.least_tokens,
             grad_pages=cache.current[layer].to(torch.int32) if k_pages.requires_grad else None,
+            gap=pages.gap,
             backend=self.attention.backend,
         )
+        if self.stores:
+            cache.finish(layer, cache.shares[layer])
         return cache.chunk.unpack(out, self.batch)
 
     @property
@@ -292,9 +330,10 @@ class StreamState:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Everything that finished chunks left, as CPU tensors by name, fit for safetensors; not an open chunk."""
+        self._check_whole()
         if self.cache.host:
             self.cache.host.wait()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.cache.tensors().items()}
+        copies = {name: _on_cpu(tensor) for name, tensor in self.cache.tensors().items()}
         counters = self.cache.counters() | {"frame": [self.frame]}
         facts = {f"config.{name}": [value] for name, value in self._identity().items()}
         return copies | {
@@ -311,7 +350,9 @@ class StreamState:
         if self.cache.host:
             self.cache.host.wait()
         for name, tensor in self.cache.tensors().items():
-            tensor.copy_(snapshot[name])
+            for here, saved in zip(tensor, snapshot[name]):
+                here.copy_(saved)
+        self._torn = False
         self.cache.load_counters({name: snapshot[name].tolist() for name in self.cache.counters()})
         self.frame = int(snapshot["frame"])
         self._close()
@@ -357,6 +398,14 @@ class StreamState:
                     f"the snapshot's {name} is {saved.dtype} {list(saved.shape)}, this stream's {tensor.dtype} "
                     f"{list(tensor.shape)}: restore it into a stream of equal settings and dtype."
                 )
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A copy, contiguous, made a layer at a time: of what is not contiguous PyTorch makes one on the device first."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for there, here in zip(copy, tensor.detach()):
+        there.copy_(here)
+    return copy
 
 
 def _spell(name: str, value: int) -> str:

@@ -130,9 +130,10 @@ def pack_pages(
     backend: str = "auto",
 ) -> None:
     """Write the pages [G, S, T, D] at `slots` [G, n] (int32 or int64, distinct within a group) in 8 bits `into` the
-    same places, a scale a channel of a page's keys and a token of its values. Without `values` keys alone.
+    same places, of which there may be fewer, a scale a channel of a page's keys and a token of its values. Without
+    `values` keys alone.
     """
-    _check_pages(k_pages, v_pages, into)
+    _check_pages(k_pages, v_pages, into, fewer=True)
     expect("slots", slots, (k_pages.shape[0], None), k_pages.device)
     if _backend(backend, "pack_pages", k_pages, k_pages.shape[3], k_pages.shape[2]) == "triton":
         from . import triton
@@ -169,9 +170,7 @@ def put_pages(
     expect("slots", slots, (groups, count), device)
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         expect(name, pages, (groups, None, rows, dim), device, dtype)
-    for name, x in zip(("k_blocks", "v_blocks", "k_pages", "v_pages"), (k_blocks, v_blocks, k_pages, v_pages)):
-        if x.stride()[1:] != (rows * dim, dim, 1):
-            raise ValueError(f"{name} of a group do not lie one behind the other")
+    _check_strides(k_blocks=k_blocks, v_blocks=v_blocks, k_pages=k_pages, v_pages=v_pages)
     if _backend(backend, "put_pages", k_blocks) == "triton":
         from . import triton
 
@@ -358,17 +357,27 @@ def _check_projections(q, k, v, norm_q, norm_k, cos, sin) -> tuple[int, int]:
     return width // dim, dim
 
 
-def _check_pages(k_pages: Tensor, v_pages: Tensor, packed: Pages8) -> None:
-    shape = tuple(k_pages.shape)
+def _check_pages(k_pages: Tensor, v_pages: Tensor, packed: Pages8, fewer: bool = False) -> None:
+    """fewer: the packed pages may be."""
     expect("k_pages", k_pages, (None, None, None, None), k_pages.device)
-    expect("v_pages", v_pages, shape, k_pages.device, k_pages.dtype)
+    expect("v_pages", v_pages, tuple(k_pages.shape), k_pages.device, k_pages.dtype)
+    groups, count, rows, dim = k_pages.shape
+    shape = groups, min(count, packed.k.shape[1]) if fewer else count, rows, dim
     for name, part, wanted in (("k", packed.k, shape), ("v", packed.v, shape)):
         expect(f"packed {name}", part, wanted, k_pages.device, torch.int8)
     expect("packed k_scale", packed.k_scale, (*shape[:2], shape[3]), k_pages.device, torch.float32)
     expect("packed v_scale", packed.v_scale, shape[:3], k_pages.device, torch.float32)
-    for name, part in zip(("k_pages", "v_pages", *packed._fields), (k_pages, v_pages, *packed)):
+    for name, part in zip(packed._fields, packed):
         if not part.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: pages lie one behind the other")
+            raise ValueError(f"packed {name} is not contiguous: pages lie one behind the other")
+    _check_strides(k_pages=k_pages, v_pages=v_pages)
+
+
+def _check_strides(**pages: Tensor) -> None:
+    for name, x in pages.items():
+        rows, dim = x.shape[2:]
+        if x.stride()[1:] != (rows * dim, dim, 1):
+            raise ValueError(f"{name} of a group do not lie one behind the other")
 
 
 def _check_rows(x: Tensor, *, y: Tensor | None = None, **per_frame: Tensor | None) -> None:

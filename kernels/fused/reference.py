@@ -194,7 +194,7 @@ def unpack_pages(packed: Pages8, k_pages: Tensor, v_pages: Tensor) -> None:
 def put_pages(k_blocks: Tensor, v_blocks: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     """See `api.put_pages`."""
     at = (torch.arange(len(slots), device=slots.device)[:, None], slots.long())
-    k_pages[at], v_pages[at] = k_blocks, v_blocks
+    k_pages[at], v_pages[at] = k_blocks.clone(), v_blocks.clone()  # PyTorch may not see that they lie apart
 
 
 def update_table(table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int) -> None:

@@ -3,10 +3,11 @@
 Read `api` for the interface, `reference` for what the numbers mean, `constraints` for who may run where.
 """
 
-from .api import BlockLists, attention_mass, pbsa_attention, pool_pages, route, route_parts
+from .api import NO_GAP, BlockLists, attention_mass, pbsa_attention, pool_pages, route, route_parts
 from .constraints import backend_report
 
 __all__ = [
+    "NO_GAP",
     "BlockLists",
     "attention_mass",
     "backend_report",

@@ -77,7 +77,7 @@ class ProbedState(StreamState):
 def _pages(cache: PagedKV, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [G, M, T, D] float32 of the pages in `slots` [G, M], and how many tokens of each are valid [G, M]."""
     groups = torch.arange(len(slots), device=slots.device)[:, None]
-    return cache.pages(layer)[0][groups, slots].float(), cache.page_len[layer].gather(1, slots)
+    return cache.pages(layer).read[0][groups, slots].float(), cache.page_len[layer].gather(1, slots)
 
 
 def exact_mass(q: Tensor, q_len: Tensor, k: Tensor, k_len: Tensor) -> Tensor:

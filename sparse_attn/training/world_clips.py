@@ -60,7 +60,7 @@ def sample(
     memory = StreamState(
         layers=dit.num_layers, heads=dit.num_heads, head_dim=dit.head_dim, grid=(16, 16), batch=batch,
         chunk_frames=SAMPLER.chunk_frames, attention=attention, total_frames=frames, dtype=dit.dtype,
-        device=device,
+        device=device, share_open=True,
     )  # fmt: skip
     denoise = denoiser(choose_pass(dit, memory)[0], dit.cross_kv(rows))
     parts = []

@@ -93,6 +93,7 @@ def test_what_passes_share_is_counted():
     for _ in range(7):
         memory.begin_chunk(3)
         for sigma in (1.0, 0.5, 0.0):
+            memory.noisy = sigma > 0
             run(torch.randn(shape), sigma, cross_kv)
         memory.end_chunk()
     held = {x.data_ptr(): x.nbytes for kept in run._kept.values() for xs in filter(None, kept.persistent) for x in xs}
@@ -107,7 +108,8 @@ def test_the_memory_of_wan_is_the_papers():
     window = memory_bytes(Plan(WAN_1_3B, attention=AttentionConfig(mode="window", window_frames=12)))
     assert window / dense == pytest.approx(1 - 0.42, abs=0.01)
     sparse = memory_bytes(Plan(WAN_1_3B))
-    assert 1 < sparse / window < 1.1  # blocks of 64 hold 60 tokens
+    # the open chunk is stored once, not in every layer; blocks of 64 hold 60 tokens
+    assert 0.75 < sparse / window < 0.82
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -226,6 +228,9 @@ def test_a_layer_is_tried_on_the_memory_of_the_last_chunk(mode, monkeypatch):
     )
     seconds = layer_seconds(plan, CPU)
     (memory,) = states
+    memory.noisy = False
+    keys = torch.zeros(1, memory.open_frames * 16, memory.heads, memory.head_dim)
+    memory.attend(0, keys, keys, keys)
     memory.end_chunk()
     full = plan.state("cpu").describe() | memory.describe()
     assert memory.layers == 1 and seconds > 0

@@ -258,8 +258,9 @@ def test_an_interruption_costs_only_its_chunk(new_stream, attention, failing_pas
     done = []
     with pytest.raises(Interrupted):
         collect(stream(model, state, SAMPLER, **options, on_pass=interrupt), done)
-    assert (len(done), state.frame) == (2, 6)
-    done += stream(model, state, SAMPLER, **options, start_chunk=2)
+    finished = 2 if failing_pass < 3 else 3  # behind its clean pass a chunk is finished, and handed out
+    assert (len(done), state.frame) == (finished, 3 * finished)
+    done += stream(model, state, SAMPLER, **options, start_chunk=finished)
     assert torch.equal(latents(done), whole)
 
 
