@@ -33,8 +33,8 @@ class SparseForcingPreset(io.ComfyNode):
                     default="paper",
                     tooltip=(
                         "Memory for Wan 1.3B at 832 x 480, and work a chunk against attending to all of 5 seconds. "
-                        "paper: 3.5 GB, 55 %. quality: remembers 21 frames, 6.2 GB, 80 %. speed: reads half as much "
-                        "of the recent window, 3.5 GB, 53 %. low VRAM: remembers 9 frames, 2.7 GB, 45 %."
+                        "paper: 2.7 GB, 55 %. quality: remembers 21 frames, 5.4 GB, 80 %. speed: reads half as much "
+                        "of the recent window, 2.7 GB, 53 %. low VRAM: remembers 9 frames, 1.8 GB, 45 %."
                     ),
                 ),
             ],

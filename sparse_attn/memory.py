@@ -13,7 +13,7 @@ With `keep` "novelty", what a block shows that no newer one does takes the place
 With `share_open` the layers share the pages of the open chunk: while it is denoised, what one layer wrote is not needed
 once the next one attends. The table then permutes the R slots in which pages rest, and the last S - R are the open
 chunk's. In the clean pass each layer is updated as soon as it has attended, and its new pages are copied to where E's
-losers were: a quarter less memory with the default settings. A clean pass that is cut in its middle leaves a torn memory.
+losers were: a quarter less memory with the default settings. A clean pass that is cut short leaves the memory torn.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class LayerPages(NamedTuple):
 class PagedKV:
     """Pages and tables of all layers, for mode "sparse".
 
-    k_pages, v_pages [L, G, R, T, D], R = S unless `shared`; page_len [L, G, S] int32, valid tokens at the front of a page; page_frame
-    [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); page_block [L, G, S] int32,
-    the block's number in its chunk, for the memory map; pooled [L, G, S, D] float32, mean of the page's keys (with
-    `router` "quarters" [L, G, S, 4, D]); table
-    [L, G, R] int64, the permutation of slots described above. least_tokens: what every page in use holds at least.
+    k_pages, v_pages [L, G, R, T, D], R = S unless `shared`; page_len [L, G, S] int32, valid tokens at the front of a
+    page; page_frame [L, G, S] int32, the latent frame in which the page's block begins (-1: never written); page_block
+    [L, G, S] int32, the block's number in its chunk, for the memory map; pooled [L, G, S, D] float32, mean of the
+    page's keys (with `router` "quarters" [L, G, S, 4, D]); table [L, G, R] int64, the permutation of slots described
+    above. least_tokens: what every page in use holds at least.
     With `page_bits` 8 pages are int8, beside `scales`: of keys [L, G, R, D] and values [L, G, R, T], float32; they
     are `unpacked` into keys and values [G, S, T, D] of one layer after another. With `offload_pages` pages are in the
     memory of the `host`, which has room for two layers' on the device.
@@ -98,6 +98,7 @@ class PagedKV:
         self._open_slots = open_slots.expand(*table_shape[:2], -1).contiguous()  # CUDA graphs know where it is
         # what the open chunk's blocks gave each page, each layer's latest: what the clean pass found decides
         self.shares: list[Tensor | None] = [None] * layers
+        self.finished: set[int] = set()  # layers that hold the open chunk where the others hold what was before it
         self._groups = torch.arange(groups, device=device)[:, None]
         self.reset()
 
@@ -144,6 +145,7 @@ class PagedKV:
         self.pinned = 0  # finished blocks of the sink; they enter P first and stay its first entries
         self.window: list[WindowChunk] = []
         self.time = 0  # temporal index at which the next chunk starts
+        self.finished.clear()
         self.page_frame.fill_(-1)
         self.table.copy_(torch.arange(self.table.shape[-1], device=self._device).expand_as(self.table))
 
@@ -221,6 +223,7 @@ class PagedKV:
             return
         slots = self.current[layer]
         if self.shared:
+            self.finished.add(layer)
             self._update(range(layer, layer + 1), [shares])
             slots, (read, _, write) = self._new_slots()[layer], self._views(layer)
             stop = self.resting + self.chunk.num_blocks
@@ -281,6 +284,7 @@ class PagedKV:
         """
         if self.shared:
             self._keep_tables()
+            self.finished.clear()
         else:
             self._update(range(self.table.shape[0]), self.shares)
         leaving, self.pinned = self._leaving(), self._pinned_after()
@@ -325,6 +329,7 @@ class PagedKV:
             counters[name] for name in ("persistent", "pinned", "time")
         )
         self.window = [WindowChunk(frames, self.geometry(frames).num_blocks) for frames in counters["window"]]
+        self.finished.clear()
 
     def kept_frames(self) -> Tensor:
         """[L, G, NP] int32: the latent frame from which each block of P stems, the memory map of a stream."""
@@ -359,7 +364,7 @@ class PagedKV:
         seen.scatter_(2, slots[..., None].expand(*slots.shape, seen.shape[-1]), seen[:, :, open_part].clone())
 
     def _update(self, layers: range, shares: list[Tensor | None]) -> None:
-        """The memory update of some layers, whose `shares` are given: E leaves the window. Changes nothing on the host."""
+        """E leaves the window of some layers, whose `shares` are given. Changes nothing on the host."""
         leaving = self._leaving()
         if leaving is None:
             return

@@ -18,7 +18,7 @@ logger = logging.getLogger("sparse_forcing.offload")
 
 
 class HostLayers:
-    """`count` tensors [L, G, R, ...] of one dtype in the host's memory, zeros at first, and two layers' room on `device`.
+    """`count` tensors [L, G, R, ...] of one dtype in the host's memory, zeros at first; two layers' room on `device`.
 
     room: a layer there is [G, room, ...], of which the first R entries are the host's; default R.
     take -> change in place -> keep, layer by layer; what is not kept is lost when the second layer after it is taken.

@@ -129,7 +129,6 @@ class StreamState:
         self.cache.reset()
         self.frame = 0
         self.t_start = 0
-        self._torn = False
         self._close()
 
     def begin_chunk(self, frames: int) -> None:
@@ -178,10 +177,11 @@ class StreamState:
 
     def check_pass(self, layers: Iterable[int] | None = None) -> None:
         """Raise ValueError if a pass may not write these layers, or all: its chunk's last pass has."""
-        if self._shares_open and self._attended & set(range(self.layers) if layers is None else layers):
+        finished = self.cache.finished if isinstance(self.cache, PagedKV) else set()
+        if finished & set(range(self.layers) if layers is None else layers):
             raise ValueError(
                 f"the last pass over frames {self.frame} to {self.frame + self.open_frames - 1} has written layer "
-                f"{min(self._attended)}: set `noisy` before every pass that another one follows, and call end_chunk "
+                f"{min(finished)}: set `noisy` before every pass that another one follows, and call end_chunk "
                 "after the last."
             )
 
@@ -191,10 +191,8 @@ class StreamState:
 
     def _wrote(self, layers: Iterable[int]) -> None:
         (self._attended.update if self.stores else self._attended.difference_update)(layers)
-
-    @property
-    def _shares_open(self) -> bool:
-        return isinstance(self.cache, PagedKV) and self.cache.shared
+        if self.stores and isinstance(self.cache, PagedKV) and self.cache.shared:
+            self.cache.finished.update(layers)  # by a graph
 
     @property
     def stores(self) -> bool:
@@ -239,8 +237,7 @@ class StreamState:
 
     def _check_whole(self) -> None:
         """Raise RuntimeError if a clean pass was cut after it had begun to change what finished chunks left."""
-        self._torn |= self._shares_open and bool(self._attended)
-        if self._torn:
+        if isinstance(self.cache, PagedKV) and self.cache.finished:
             raise RuntimeError(
                 f"The clean pass of the frames from {self.frame} on was cut short, and had begun to change the memory "
                 "of those before: restore a snapshot, or reset the memory and write its frames again "
@@ -352,7 +349,6 @@ class StreamState:
         for name, tensor in self.cache.tensors().items():
             for here, saved in zip(tensor, snapshot[name]):
                 here.copy_(saved)
-        self._torn = False
         self.cache.load_counters({name: snapshot[name].tolist() for name in self.cache.counters()})
         self.frame = int(snapshot["frame"])
         self._close()

@@ -45,7 +45,7 @@ def no_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def new_state(attention, device, dtype, grid=GRID):
+def new_state(attention, device, dtype, grid=GRID, share_open=True):
     return StreamState(
         layers=LAYERS,
         heads=HEADS,
@@ -56,13 +56,15 @@ def new_state(attention, device, dtype, grid=GRID):
         total_frames=18,
         dtype=dtype,
         device=device,
+        share_open=share_open,
     )
 
 
 def run_chunk(state, qkv, table):
     """Two passes over all layers, as the rollout makes them."""
     state.begin_chunk(3)
-    for _ in range(2):
+    for noisy in (True, False):
+        state.noisy = noisy
         for layer in range(LAYERS):
             q, k, v = qkv
             out = state.attend(layer, apply_rope(q, *table), apply_rope(k, *table), v)
@@ -96,10 +98,13 @@ def test_memory_allocated_is_constant(attention):
     )
 
 
+@pytest.mark.parametrize("share_open", [False, True])
 @pytest.mark.parametrize("attention", MODES, ids=IDS)
-def test_cuda_equals_cpu(attention):
+def test_cuda_equals_cpu(attention, share_open):
     generator, grid = torch.Generator().manual_seed(0), (12, 20)
-    states = {device: new_state(attention, device, torch.float32, grid) for device in ("cpu", "cuda")}
+    states = {
+        device: new_state(attention, device, torch.float32, grid, share_open) for device in ("cpu", "cuda")
+    }
     for _ in range(6):
         qkv = torch.randn(3, 1, 3 * grid[0] * grid[1], HEADS, HEAD_DIM, generator=generator)
         outputs = []

@@ -129,6 +129,30 @@ def test_the_first_choice_is_right_here(tokens, padding, shared):
     assert variants.choose_variant(*args) == wanted[0]
 
 
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_variant_leaps_over_a_gap(tokens, shared):
+    """Pages that lie apart, in a pool that other layers share: the same bits."""
+    from sparse_forcing_pack.kernels.pbsa.triton import forward, variants
+
+    p = make_problem(blocks=6, slots=20, tokens=tokens, dim=128, longest=12, shared=shared).promising("finite")
+    p = p.to(torch.bfloat16).to("cuda")
+    first, behind = 13, 30
+    pools = [torch.full((2, 2 + 20 + behind, tokens, 128), 7.0).to(p.q) for _ in range(2)]
+    for pool, pages in zip(pools, (p.k_pages, p.v_pages)):
+        pool[:, 2 : 2 + first], pool[:, 2 + first + behind :] = pages[:, :first], pages[:, first:]
+    apart = [pool[:, 2:] for pool in pools]
+    tables = p.page_len, *p.lists, 128**-0.5, "finite"
+    shape = variants.shape_of(p.q, *apart, p.lists.cnt, "finite")
+    wanted = [variant for variant in variants.VARIANTS if variant.wants(shape)]
+    assert wanted[0].kind == "overlapped" or shape.capability != (9, 0)
+    for variant in wanted:
+        truth = forward.launch(variant, p.q, p.k_pages, p.v_pages, *tables)
+        found = forward.launch(variant, p.q, *apart, *tables, gap=(first, behind))
+        for a, b in zip(found, truth, strict=True):
+            assert torch.equal(a, b), variant.name
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
     reason="for Hopper's tensor cores",
