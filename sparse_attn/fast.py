@@ -462,7 +462,7 @@ class FastPass:
         out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept, wanted)
         if memory.stores:
             with named_range("element-wise"):
-                cache.finish(layer, shares)
+                cache.finish(layer, current, shares)
         if out is None:
             return None, shares
         with named_range("element-wise"):

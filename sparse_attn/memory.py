@@ -214,21 +214,20 @@ class PagedKV:
         k, v = self.unpacked or self._resting(layer)
         return LayerPages((k, v), NO_GAP, (k, v))
 
-    def finish(self, layer: int, shares: Tensor | None) -> None:
+    def finish(self, layer: int, slots: Tensor, shares: Tensor | None) -> None:
         """Keep what a chunk's last pass wrote in a layer, which has attended: once a chunk where it is `shared`.
 
-        shares: of `end_chunk`. Nothing here depends on what a chunk before this one left on the host but `plan`.
+        slots: `current` of the layer, where the pass found it; shares: of `end_chunk`. A CUDA graph does the same again
+        where `plan` is the same.
         """
         if not self.apart:
             return
-        slots = self.current[layer]
         if self.shared:
             self.finished.add(layer)
             self._update(range(layer, layer + 1), [shares])
             slots, (read, _, write) = self._new_slots()[layer], self._views(layer)
-            stop = self.resting + self.chunk.num_blocks
-            blocks = (x[:, self.resting : stop] for x in write)
-            put_pages(*blocks, slots, *read, backend=self.attention.backend)
+            k, v = (x[:, self.resting : self.resting + self.chunk.num_blocks] for x in write)
+            put_pages(k, v, slots, *read, backend=self.attention.backend)
         self._pack(layer, slots)
         if self.host:
             self.host.keep(layer)
@@ -371,16 +370,15 @@ class PagedKV:
         if self.attention.positions == "rebased":
             for layer in layers:
                 self._turn_back(layer, leaving.frames)
-        candidates = self.persistent + leaving.blocks
         if self.attention.keep == "novelty":
-            score = torch.stack([self._novelty(layer, candidates) for layer in layers])
+            scores = [self._novelty(layer, self.persistent + leaving.blocks)[:, None] for layer in layers]
         else:
-            score = torch.stack([part[..., :candidates] for part in shares if part is not None]).sum(2)
-        score[..., : self._pinned_after()] = torch.inf
-        rows, score = (x.flatten(0, 1) for x in (self.table[layers.start : layers.stop], score))
+            scores = [part for part in shares if part is not None]
+        rows = self.table[layers.start : layers.stop].flatten(0, 1)
         update_table(
-            rows, score, self.capacity, self.persistent, leaving.blocks, backend=self.attention.backend
-        )
+            rows, scores[0] if len(scores) == 1 else torch.cat(scores), self.capacity, self.persistent, leaving.blocks,
+            self._pinned_after(), backend=self.attention.backend,
+        )  # fmt: skip
 
     def _window_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """[G, n]: the slots of the window's finished chunks, and of the open one."""

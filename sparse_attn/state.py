@@ -289,7 +289,7 @@ class StreamState:
             backend=self.attention.backend,
         )
         if self.stores:
-            cache.finish(layer, cache.shares[layer])
+            cache.finish(layer, cache.current[layer], cache.shares[layer])
         return cache.chunk.unpack(out, self.batch)
 
     @property

@@ -179,26 +179,36 @@ def put_pages(
 
 
 def update_table(
-    table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int, *, backend: str = "auto"
+    table: Tensor,
+    score: Tensor,
+    capacity: int,
+    persistent: int,
+    evicted: int,
+    pinned: int = 0,
+    *,
+    backend: str = "auto",
 ) -> None:
     """The memory update in a stream's tables, in place: P = TopC(P u E; score).
 
     table [R, S] int64, each row a permutation of S slots: P in the first `capacity` entries, of which `persistent` are
-    filled, then the window, whose first `evicted` entries E leave, then free ones. score [R, persistent + evicted]
-    float32, of P and E in this order; of equal ones the earlier wins, NaN counts as -inf.
+    filled, then the window, whose first `evicted` entries E leave, then free ones. score [R, N, C] float32, of which
+    the first persistent + evicted columns count, P and E in this order, with the sum of their N rows: of equal ones the
+    earlier wins, NaN counts as -inf. The first `pinned` stay, whatever their score.
     After it P holds the best, as many as fit, in their old order; the rest of the window follows, then what is free.
     """
     expect("table", table, (None, None), table.device, torch.int64)
-    expect("score", score, (table.shape[0], persistent + evicted), table.device, torch.float32)
+    expect("score", score, (table.shape[0], None, None), table.device, torch.float32)
     if not 0 <= persistent <= capacity <= capacity + evicted <= table.shape[1]:
         raise ValueError(
             f"a table of {table.shape[1]} slots has no {persistent} of {capacity} pages, and {evicted} that leave"
         )
+    if score.shape[2] < persistent + evicted:
+        raise ValueError(f"score has {score.shape[2]} columns for {persistent + evicted} candidates")
     if _backend(backend, "update_table", score) == "triton":
         from . import triton
 
-        return triton.update_table(table, score, capacity, persistent, evicted)
-    return reference.update_table(table, score, capacity, persistent, evicted)
+        return triton.update_table(table, score, capacity, persistent, evicted, pinned)
+    return reference.update_table(table, score, capacity, persistent, evicted, pinned)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = EPS, backend: str = "auto") -> Tensor:

@@ -197,12 +197,16 @@ def put_pages(k_blocks: Tensor, v_blocks: Tensor, slots: Tensor, k_pages: Tensor
     k_pages[at], v_pages[at] = k_blocks.clone(), v_blocks.clone()  # PyTorch may not see that they lie apart
 
 
-def update_table(table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int) -> None:
+def update_table(
+    table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int, pinned: int
+) -> None:
     """See `api.update_table`."""
     kept = min(capacity, persistent + evicted)
     P, window = table.tensor_split([capacity], dim=-1)
     slots = torch.cat([P[:, :persistent], window[:, :evicted]], dim=-1)
-    ranked = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ranked = score[..., : slots.shape[1]].sum(1)
+    ranked = ranked.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ranked[:, :pinned] = torch.inf
     ranking = ranked.sort(dim=-1, descending=True, stable=True).indices
     in_time_order = (part.sort(dim=-1).values for part in ranking.tensor_split([kept], dim=-1))
     winners, losers = (slots.gather(-1, places) for places in in_time_order)

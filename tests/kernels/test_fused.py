@@ -441,8 +441,9 @@ def test_pages_are_put_where_they_belong(precisions):
         fused.put_pages(*(pool[:, 5:8] for pool in pools), slots.to(device), *pools, backend=backend)
         for found, want in zip(pools, truth):
             assert torch.equal(found, want)
+    pool, where = pools[0], torch.zeros(2, 9, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="v_pages of a group do not lie"):
-        fused.put_pages(pools[0], pools[0], torch.zeros(2, 9), pools[0], torch.zeros(2, 9, 96, 16).mT.to(pools[0]))
+        fused.put_pages(pool, pool, where, pool, pool.mT.contiguous().mT)
 
 
 @pytest.mark.parametrize(
@@ -455,7 +456,11 @@ def test_the_memory_update(precisions, slots, capacity, persistent, evicted):
     rows = torch.stack([torch.randperm(slots, generator=draw) for _ in range(6)])
     score = torch.randint(0, 5, (6, persistent + evicted), generator=draw).float()  # many are equal
     score[0, ::2], score[1, ::3], score[2, 1::2] = math.inf, math.nan, -math.inf
-    wanted = []
+    pinned, wanted = min(2, persistent), []
+    # given as the sum of three rows, in front of columns that do not compete
+    parts = torch.stack([score, torch.full_like(score, 3.0), torch.full_like(score, -3.0)], dim=1)
+    parts = F.pad(parts, (0, 5), value=100.0)
+    score[:, :pinned] = math.inf
     for row, scores in zip(rows.tolist(), score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).tolist()):
         candidates = row[:persistent] + row[capacity : capacity + evicted]
         best = sorted(range(len(candidates)), key=lambda i: -scores[i])[:capacity]
@@ -465,7 +470,10 @@ def test_the_memory_update(precisions, slots, capacity, persistent, evicted):
         wanted.append(filled + row[capacity + evicted :] + free[capacity - len(stay) :])
     for backend, device in {(backend, device) for backend, device, _ in precisions}:
         table = rows.to(device)
-        fused.update_table(table, score.to(device), capacity, persistent, evicted, backend=backend)
+        given = table, parts.to(device), capacity, persistent, evicted, pinned
+        fused.update_table(*given, backend=backend)
         assert table.tolist() == wanted
     with pytest.raises(ValueError, match="a table of"):
-        fused.update_table(rows, torch.zeros(6, slots + 2), 1, 1, slots + 1)
+        fused.update_table(rows, torch.zeros(6, 1, slots + 2), 1, 1, slots + 1)
+    with pytest.raises(ValueError, match="score has 1 columns for 2 candidates"):
+        fused.update_table(rows, torch.zeros(6, 1, 1), 2, 2, 0)

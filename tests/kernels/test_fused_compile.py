@@ -18,11 +18,13 @@ if "nvidia" not in triton.backends.backends:
     pytest.skip("this Triton has no NVIDIA compiler", allow_module_level=True)
 
 TARGETS = (80, 90, 100, 120)
-FLOATS = {"unit", "factors", "cos", "sin", "pooled_q", "pooled_k", "lse_a", "lse_b", "k_scale", "v_scale", "score"}
+FLOATS = {
+    "unit", "factors", "cos", "sin", "pooled_q", "pooled_k", "lse_a", "lse_b", "k_scale", "v_scale", "score", "sums",
+}  # fmt: skip
 INTEGERS = {"tokens", "slots", "table"}
 REALS = {"eps", "largest", "smallest"}
 NUMBERS = re.compile(
-    r"(.*_)?(b|g|n|h|f|tokens|slots)$|count$|size$|eps$|largest$|smallest$|capacity$|persistent$|evicted$|kept$"
+    r"(.*_)?(b|g|n|h|f|tokens|slots)$|count$|size$|eps$|largest$|smallest$|capacity$|persistent$|evicted$|pinned$|kept$"
 )
 
 

@@ -43,33 +43,40 @@ def _apart(k_pages: Tensor, v_pages: Tensor) -> tuple[int, int]:
 def put_pages(k_blocks: Tensor, v_blocks: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     """See `api.put_pages`."""
     groups, count, rows, dim = k_blocks.shape
-    apart = (x.stride(0) for x in (k_blocks, v_blocks, k_pages, v_pages))
+    slots = slots if slots.stride(1) == 1 else slots.contiguous()
+    apart = (x.stride(0) for x in (k_blocks, v_blocks, slots, k_pages, v_pages))
     with torch.cuda.device_of(k_blocks):
         _put[(triton.cdiv(rows * dim, COPIED), count, 2 * groups)](
-            k_blocks, v_blocks, slots.contiguous(), k_pages, v_pages, *apart,
+            k_blocks, v_blocks, slots, k_pages, v_pages, *apart,
             SIZE=rows * dim, COPIED=COPIED, num_warps=4,
         )  # fmt: skip
 
 
-def update_table(table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int) -> None:
+def update_table(
+    table: Tensor, score: Tensor, capacity: int, persistent: int, evicted: int, pinned: int
+) -> None:
     """See `api.update_table`."""
     assert table.is_contiguous()
     rows, slots = table.shape
     slots_pad = max(32, triton.next_power_of_2(slots))
+    score = score if score.stride(2) == 1 else score.contiguous()
+    kept = min(capacity, persistent + evicted)
+    sums = torch.empty((rows, persistent + evicted), dtype=torch.float32, device=table.device)
     with torch.cuda.device_of(table):
         _update[(rows,)](
-            table, score.contiguous(), slots, capacity, persistent, evicted, min(capacity, persistent + evicted),
+            table, score, sums, *score.stride()[:2], score.shape[1], slots, capacity, persistent, evicted, pinned, kept,
             SLOTS=slots_pad, OTHERS=max(1, min(32, 8192 // slots_pad)), num_warps=min(8, max(1, slots_pad // 128)),
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_g"])
 def _put(
-    k_blocks, v_blocks, slots, k_pages, v_pages, kb_g, vb_g, kp_g, vp_g, SIZE: tl.constexpr, COPIED: tl.constexpr
-):
+    k_blocks, v_blocks, slots, k_pages, v_pages, kb_g, vb_g, s_g, kp_g, vp_g,
+    SIZE: tl.constexpr, COPIED: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0) * COPIED + tl.arange(0, COPIED)
     block, group = tl.program_id(1), (tl.program_id(2) // 2).to(tl.int64)
-    slot = tl.load(slots + group * tl.num_programs(1) + block).to(tl.int64)
+    slot = tl.load(slots + group * s_g + block).to(tl.int64)
     if tl.program_id(2) % 2 == 0:
         here, there = k_blocks + group * kb_g, k_pages + group * kp_g
     else:
@@ -78,26 +85,34 @@ def _put(
     tl.store(there + slot * SIZE + at, found, mask=at < SIZE)
 
 
-@triton.jit(do_not_specialize=["num_slots", "capacity", "persistent", "evicted", "kept"])
+@triton.jit(
+    do_not_specialize=["s_g", "s_n", "count", "num_slots", "capacity", "persistent", "evicted", "pinned", "kept"]
+)
 def _update(
-    table, score, num_slots, capacity, persistent, evicted, kept, SLOTS: tl.constexpr, OTHERS: tl.constexpr
-):
-    """One row: each entry finds out by itself where it goes."""
+    table, score, sums, s_g, s_n, count, num_slots, capacity, persistent, evicted, pinned, kept,
+    SLOTS: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    """One row: each entry finds out by itself where it goes. sums [R, candidates]: room for its scores' sums."""
     table += tl.program_id(0).to(tl.int64) * num_slots
     candidates = persistent + evicted
-    score += tl.program_id(0).to(tl.int64) * candidates
+    score += tl.program_id(0).to(tl.int64) * s_g
+    sums += tl.program_id(0).to(tl.int64) * candidates
     entry = tl.arange(0, SLOTS)
     slot = tl.load(table + entry, mask=entry < num_slots, other=0)
     in_window = entry - capacity  # place there
     competes = (entry < persistent) | ((in_window >= 0) & (in_window < evicted))
     place = tl.where(entry < persistent, entry, persistent + in_window)  # among those that compete
-    own = tl.load(score + place, mask=competes, other=0.0)
+    own = tl.zeros((SLOTS,), tl.float32)
+    for i in range(count):
+        own += tl.load(score + i * s_n + place, mask=competes, other=0.0)
     own = tl.where(own == own, own, float("-inf"))
+    own = tl.where(place < pinned, float("inf"), own)
+    tl.store(sums + place, own, mask=competes)
+    tl.debug_barrier()  # and every thread reads them all
     better = tl.zeros((SLOTS,), tl.int32)
     for begin in range(0, candidates, OTHERS):
         others = begin + tl.arange(0, OTHERS)
-        other = tl.load(score + others, mask=others < candidates, other=0.0)
-        other = tl.where(other == other, other, float("-inf"))
+        other = tl.load(sums + others, mask=others < candidates, other=0.0)
         wins = (other[None, :] > own[:, None]) | (
             (other[None, :] == own[:, None]) & (others[None, :] < place[:, None])
         )
