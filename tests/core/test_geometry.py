@@ -40,7 +40,10 @@ def test_blocks_are_few_compact_and_as_even_as_they_can_be(grid, block_tokens):
     frames, height, width = grid
     geometry = BlockGeometry(*grid, block_tokens)
     blocks = geometry.pack(token_coordinates(*grid))[0]
-    t, h, _ = (-(-size // count) for size, count in zip(grid, choose_counts(grid, block_tokens)))
+    counts = choose_counts(grid, block_tokens)
+    t, h, _ = (-(-size // count) for size, count in zip(grid, counts))
+    shortest = (frames // counts[0]) * (height // counts[1]) * width  # tokens of a strip
+    strips = 1 + -(-block_tokens // shortest)  # that a run may touch: two, or more where one is no whole run
     spans = {}  # first frame of a block -> lengths of the blocks there
     boxes = True
     for block, length, first in zip(blocks, geometry.lens.tolist(), geometry.first_frame.tolist()):
@@ -48,7 +51,7 @@ def test_blocks_are_few_compact_and_as_even_as_they_can_be(grid, block_tokens):
         sides = tokens.max(0).values - tokens.min(0).values + 1
         boxes &= int(sides.prod()) == length
         assert first == int(tokens[:, 0].min())
-        assert int(sides[0]) <= t and int(sides[1]) <= 2 * h, "a run turns into the next strip at most"
+        assert int(sides[0]) <= t and int(sides[1]) <= strips * h, "a run turns into the next strip"
         spans.setdefault(first, []).append(length)
     for first, lengths in spans.items():
         span = min((f for f in spans if f > first), default=frames) - first
