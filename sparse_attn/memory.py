@@ -358,7 +358,7 @@ class PagedKV:
         slots = self._new_slots()
         open_part = slice(self.resting, self.resting + slots.shape[-1])
         for facts in (self.page_len, self.page_frame, self.page_block):
-            facts.scatter_(2, slots, facts[..., open_part])
+            facts.scatter_(2, slots, facts[..., open_part].clone())
         seen = self.pooled.flatten(3) if self.quarters else self.pooled
         seen.scatter_(2, slots[..., None].expand(*slots.shape, seen.shape[-1]), seen[:, :, open_part].clone())
 

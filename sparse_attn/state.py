@@ -177,7 +177,7 @@ class StreamState:
 
     def check_pass(self, layers: Iterable[int] | None = None) -> None:
         """Raise ValueError if a pass may not write these layers, or all: its chunk's last pass has."""
-        finished = self.cache.finished if isinstance(self.cache, PagedKV) else set()
+        finished = self._finished
         if finished & set(range(self.layers) if layers is None else layers):
             raise ValueError(
                 f"the last pass over frames {self.frame} to {self.frame + self.open_frames - 1} has written layer "
@@ -237,12 +237,17 @@ class StreamState:
 
     def _check_whole(self) -> None:
         """Raise RuntimeError if a clean pass was cut after it had begun to change what finished chunks left."""
-        if isinstance(self.cache, PagedKV) and self.cache.finished:
+        if self._finished:
             raise RuntimeError(
                 f"The clean pass of the frames from {self.frame} on was cut short, and had begun to change the memory "
                 "of those before: restore a snapshot, or reset the memory and write its frames again "
                 "(rollout.prefill)."
             )
+
+    @property
+    def _finished(self) -> set[int]:
+        """Layers in which the last pass of the open chunk has already changed what finished chunks left."""
+        return self.cache.finished if isinstance(self.cache, PagedKV) else set()
 
     def _close(self) -> None:
         self.open_frames = 0  # latent frames of the open chunk, 0 between chunks

@@ -79,6 +79,22 @@ def test_the_same_video(model, kind, build):
 
 
 @pytest.mark.parametrize("bits", [16, 8])
+def test_one_layer_and_one_head(bits):
+    """Where all of a memory lies in a row, what is copied may not be taken for what it is copied to."""
+    found = []
+    for share_open in (False, True):
+        draw = torch.Generator().manual_seed(0)
+        memory = new_state(replace(PLAIN, page_bits=bits), share_open, layers=1, heads=1)
+        for _ in range(6):
+            memory.begin_chunk(3)
+            q, k, v = torch.randn(3, 1, 3 * GRID[0] * GRID[1], 1, 32, generator=draw)
+            found.append(memory.attend(0, q, k, v))
+            memory.end_chunk()
+    close = 1e-5 if bits == 16 else 0.02
+    torch.testing.assert_close(torch.stack(found[6:]), torch.stack(found[:6]), atol=close, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
 def test_a_quarter_less(bits):
     """Wan 1.3B at 480x832 with the default budgets: 9 of 12 frames rest, and the open 3 are there once."""
     sizes = {"layers": 30, "heads": 12, "head_dim": 128, "grid": (30, 52), "device": "meta", "dtype": torch.bfloat16}
