@@ -695,7 +695,7 @@ def plot_split(modes: dict[str, dict], out: Path, size: tuple[int, int] = (900, 
         return
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
-    left, top, bottom = 60, 40, size[1] - 50
+    left, top, bottom = 60, 40, size[1] - 90
     highest = 1.1 * max(
         facts["steady"]["p50_ms"] + sum(facts.get("split_ms", {}).get(part, 0) for part in BESIDE)
         for facts in modes.values()
@@ -715,8 +715,9 @@ def plot_split(modes: dict[str, dict], out: Path, size: tuple[int, int] = (900, 
             height = min(y - top, (bottom - top) * parts.get(part, 0.0) / highest)
             draw.rectangle((x, y - height, x + step * 0.6, y), fill=colour)
             y -= height
-        draw.text((x, bottom + 6), mode, fill="black")
-        draw.text((x, bottom + 22), f"{facts['steady']['fps']:.1f} FPS", fill="black")
+        name = mode.replace(":", ":\n").replace("+", "\n+")
+        said = f"{facts['steady']['fps']:.1f} FPS, {facts['cache_bytes'] / 1e9:.1f} GB"
+        draw.text((x, bottom + 6), f"{said}\n{name}", fill="black")
     image.save(out / "rollout.png")
 
 

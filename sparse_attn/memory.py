@@ -374,11 +374,16 @@ class PagedKV:
             scores = [self._novelty(layer, self.persistent + leaving.blocks)[:, None] for layer in layers]
         else:
             scores = [part for part in shares if part is not None]
-        rows = self.table[layers.start : layers.stop].flatten(0, 1)
+        score = scores[0] if len(scores) == 1 else torch.cat(scores)
         update_table(
-            rows, scores[0] if len(scores) == 1 else torch.cat(scores), self.capacity, self.persistent, leaving.blocks,
-            self._pinned_after(), backend=self.attention.backend,
-        )  # fmt: skip
+            self.table[layers.start : layers.stop].flatten(0, 1),
+            score.float(),  # under autocast the reference's shares are not
+            self.capacity,
+            self.persistent,
+            leaving.blocks,
+            self._pinned_after(),
+            backend=self.attention.backend,
+        )
 
     def _window_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """[G, n]: the slots of the window's finished chunks, and of the open one."""

@@ -149,7 +149,7 @@ def test_length_and_memory_are_said_before_the_start(tiny, monkeypatch, capsys, 
     text = capsys.readouterr().err
     assert text.startswith(words)
     assert (
-        "mode sparse on cpu: 8.50 MB of weights, 528.54 kB of cache, and the activations of one chunk" in text
+        "mode sparse on cpu: 8.50 MB of weights, 462.99 kB of cache, and the activations of one chunk" in text
     )
 
 
