@@ -80,6 +80,8 @@ def diffusion_model_wrapper(
         _refuse_extra_tokens(time_dim_concat, kwargs)
         network = executor.class_obj
         keys = transformer_options["uuids"]
+        if run.has_done(keys):  # the memory keeps what came first, and a flow at sigma 0 counts for nothing
+            return torch.zeros_like(x)
         states = run.states_for(keys, network, x)
         if fast := _fast_pass(run, executor, x, transformer_options):
             return fast(states, keys, x, timestep, context)
@@ -103,10 +105,17 @@ def _through_memory(network: Any, run: SamplingRun, current: ForwardPass, forwar
 
     A layer whose attention another pack replaced behind Apply Sparse Forcing would see its own chunk alone: it gets
     ours for the length of this run, and the forward is done again. A replacement that calls ours in turn may stay, and
-    so may one that skips a layer.
+    so may one that skips a layer. A chunk's last pass changes the memory and cannot be done again: where a run begins
+    with one, to read given frames, it is tried as if another one followed.
     """
+    trying = run.attention.mode == "sparse" and not run.tried and not run.noisy
+    run.tried = True
+    if trying:
+        run.noisy = True
     with _replaced_attention(network, run.retaken):
         output = forward()
+    if trying:
+        run.noisy = False
     lost = [
         layer
         for layer, block in enumerate(network.blocks)
@@ -114,7 +123,7 @@ def _through_memory(network: Any, run: SamplingRun, current: ForwardPass, forwar
         and not isinstance(block.self_attn.forward, StreamAttention)
     ]
     if not lost:
-        return output
+        return _through_memory(network, run, current, forward) if trying else output
     logger.warning(
         "Another node replaced the self-attention of %d layers behind Apply Sparse Forcing, which would leave them "
         "without memory; Sparse Forcing takes its place for this run.",

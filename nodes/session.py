@@ -56,6 +56,7 @@ class SamplingRun:
         self.attention, self.chunk_frames, self.total_frames = attention, chunk_frames, total_frames
         self.reserve_bytes, self.rereads = reserve_bytes, rereads
         self.retaken: set[int] = set()  # layers that another pack took and this run took back
+        self.tried = False  # whether a forward has shown which layers those are
         self.guided = True  # whether the negative side is evaluated, too
         self.fast: Any = UNDECIDED  # this run's HostFastPass; None: the host's own layers
         self.states: dict[Hashable, StreamState] = {}
@@ -99,6 +100,10 @@ class SamplingRun:
         """Forget which entries have been seen; call before every model call."""
         self._seen.clear()
 
+    def has_done(self, keys: list[Hashable]) -> bool:
+        """Whether the clean pass has written all these entries: a guidance evaluates some of them again."""
+        return not self._noisy and self._seen.issuperset(keys)
+
     def forget_prompts(self) -> None:
         """Say that a conditioning has changed behind its key."""
         if isinstance(self.fast, HostFastPass):
@@ -119,6 +124,7 @@ class SamplingRun:
         """Give the memory back; the run could start anew."""
         self.states.clear()
         self.fast = UNDECIDED
+        self.tried = False
         self.frame = 0
 
     def states_for(self, keys: list[Hashable], network: Any, x: Tensor) -> list[StreamState]:

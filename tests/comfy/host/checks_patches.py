@@ -196,6 +196,40 @@ def check_another_packs_attention_behind_apply_gives_way_for_the_run():
         assert not torch.equal(idle, sample(base, euler, first))
 
 
+def check_another_packs_attention_gives_way_where_the_first_pass_is_a_clean_one():
+    """A start image is read by a chunk's last pass, which changes the memory and cannot be done again."""
+    base, x = tiny_model(), noise(7)
+    base.model_options["transformer_options"]["ar_config"] = {"initial_latent": noise(1)[:, :, :1].clone()}
+    want = sample(apply(base, **SPARSE), our_sampler(3), x)
+    model = apply(base, **SPARSE)
+    model.add_object_patch(FORWARD.format(1), lambda x, *args, **kwargs: 0 * x)
+    with log_said() as said:
+        got = sample(model, our_sampler(3), x)
+    assert torch.equal(got, want)
+    assert len(said) == 1 and "self-attention of 1 layers behind Apply" in said[0], said
+
+
+def check_a_guidance_that_evaluates_again_leaves_the_memory_alone():
+    """As skip-layer and perturbed-attention guidance do, in every pass: what a clean pass wrote first stays."""
+
+    def again(args):
+        options = {**args["model_options"], "transformer_options": dict(args["model_options"]["transformer_options"])}
+        conds = args["cond"], None
+        inputs = args["model"], list(conds), args["input"] + 0.1, args["sigma"], options
+        other, _ = comfy.samplers.calc_cond_batch(*inputs)
+        passes.append(float(other.abs().max()))
+        return args["denoised"]
+
+    base, x = tiny_model(), noise(12)
+    for settings in ({"mode": "dense"}, {"mode": "window", "window_frames": 6}, SPARSE, SPARSE | {"page_bits": 8}):
+        passes: list[float] = []
+        want = sample(apply(base, **settings), our_sampler(3), x)
+        guided = apply(base, **settings)
+        guided.set_model_sampler_post_cfg_function(again)
+        assert torch.equal(sample(guided, our_sampler(3), x), want), settings
+        assert len(passes) >= 4 * 5 - 1, "it was asked in every pass"
+
+
 def check_another_packs_attention_without_apply_gives_way_for_the_run():
     base, x = tiny_model(), noise(6)
     want = sample(base, our_sampler(3), x)
