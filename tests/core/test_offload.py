@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_wan import LAYERS, small_wan
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig, SamplerConfig
 from sparse_forcing_pack.sparse_attn.fast import ComposablePass, FastPass
 from sparse_forcing_pack.sparse_attn.fast_weights import FastModel, FastOptions
@@ -12,7 +13,7 @@ from sparse_forcing_pack.sparse_attn.rollout import stream
 from sparse_forcing_pack.sparse_attn.state import StreamState
 from sparse_forcing_pack.sparse_attn.wan import WanModel
 
-GRID, LAYERS = (6, 8), 3
+GRID = (6, 8)
 HERE = AttentionConfig(block_tokens=16, persistent_frames=3, sink_frames=3, topk=0.5)
 KINDS = [
     HERE,
@@ -26,11 +27,7 @@ BUILD = {"composable": ComposablePass, "fast": lambda m, s: FastPass(FastModel(m
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = WanModel(dim=64, ffn_dim=96, num_heads=2, num_layers=LAYERS, text_dim=24, freq_dim=32)
-    model.init_weights()
-    torch.nn.init.normal_(model.head.head.weight, std=0.05)
-    return model.requires_grad_(False)
+    return small_wan()
 
 
 def new_state(attention, **changes):

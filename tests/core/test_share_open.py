@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_wan import LAYERS, small_wan
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig, SamplerConfig
 from sparse_forcing_pack.sparse_attn.fast import ComposablePass, FastModel, FastOptions, FastPass, denoiser
 from sparse_forcing_pack.sparse_attn.memory import PagedKV
 from sparse_forcing_pack.sparse_attn.rollout import prefill, stream
 from sparse_forcing_pack.sparse_attn.session import SessionError, memory_snapshot, restore_memory
 from sparse_forcing_pack.sparse_attn.state import StreamState
-from sparse_forcing_pack.sparse_attn.wan import WanModel
 
-GRID, LAYERS = (5, 7), 3
+GRID = (5, 7)
 PLAIN = AttentionConfig(persistent_frames=6, window_frames=6, sink_frames=3, block_tokens=16, topk=0.5)
 KINDS = {
     "plain": PLAIN,
@@ -32,11 +32,7 @@ SAMPLER = SamplerConfig((1.0, 0.6))
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = WanModel(dim=64, ffn_dim=96, num_heads=2, num_layers=LAYERS, text_dim=24, freq_dim=32)
-    model.init_weights()
-    torch.nn.init.normal_(model.head.head.weight, std=0.05)
-    return model.requires_grad_(False)
+    return small_wan()
 
 
 def new_state(attention=PLAIN, share_open=True, batch=1, **changes):

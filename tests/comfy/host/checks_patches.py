@@ -181,16 +181,22 @@ def check_another_packs_attention_before_apply_gives_way_with_a_warning():
     assert torch.equal(sample(model, our_sampler(3), x), want)
 
 
+def gives_way(base, x: torch.Tensor, settings: dict):
+    """-> a model that another pack patched behind Apply, which made the video that it makes unpatched."""
+    want = sample(apply(base, **settings), our_sampler(3), x)
+    model = apply(base, **settings)
+    model.add_object_patch(FORWARD.format(1), lambda x, *args, **kwargs: 0 * x)
+    with log_said() as said:
+        got = sample(model, our_sampler(3), x)
+    assert torch.equal(got, want)
+    assert len(said) == 1 and "self-attention of 1 layers behind Apply" in said[0], said
+    return model
+
+
 def check_another_packs_attention_behind_apply_gives_way_for_the_run():
     base, x = tiny_model(), noise(6)
     for settings in ({"mode": "dense"}, SPARSE):
-        want = sample(apply(base, **settings), our_sampler(3), x)
-        model = apply(base, **settings)
-        model.add_object_patch(FORWARD.format(1), lambda x, *args, **kwargs: 0 * x)
-        with log_said() as said:
-            got = sample(model, our_sampler(3), x)
-        assert torch.equal(got, want)
-        assert len(said) == 1 and "self-attention of 1 layers behind Apply" in said[0], said
+        model = gives_way(base, x, settings)
         euler, first = comfy.samplers.ksampler("euler"), noise(3)
         idle = sample(model, euler, first)  # theirs is there for other samplers
         assert not torch.equal(idle, sample(base, euler, first))
@@ -200,13 +206,7 @@ def check_another_packs_attention_gives_way_where_the_first_pass_is_a_clean_one(
     """A start image is read by a chunk's last pass, which changes the memory and cannot be done again."""
     base, x = tiny_model(), noise(7)
     base.model_options["transformer_options"]["ar_config"] = {"initial_latent": noise(1)[:, :, :1].clone()}
-    want = sample(apply(base, **SPARSE), our_sampler(3), x)
-    model = apply(base, **SPARSE)
-    model.add_object_patch(FORWARD.format(1), lambda x, *args, **kwargs: 0 * x)
-    with log_said() as said:
-        got = sample(model, our_sampler(3), x)
-    assert torch.equal(got, want)
-    assert len(said) == 1 and "self-attention of 1 layers behind Apply" in said[0], said
+    gives_way(base, x, SPARSE)
 
 
 def check_a_guidance_that_evaluates_again_leaves_the_memory_alone():
