@@ -65,7 +65,7 @@ def update_table(
     with torch.cuda.device_of(table):
         _update[(rows,)](
             table, score, sums, *score.stride()[:2], score.shape[1], slots, capacity, persistent, evicted, pinned, kept,
-            SLOTS=slots_pad, OTHERS=max(1, min(32, 8192 // slots_pad)), num_warps=min(8, max(1, slots_pad // 128)),
+            SLOTS=slots_pad, OTHERS=max(1, min(32, 8192 // slots_pad)), num_warps=4 if slots_pad < 1024 else 8,
         )  # fmt: skip
 
 
@@ -103,8 +103,10 @@ def _update(
     competes = (entry < persistent) | ((in_window >= 0) & (in_window < evicted))
     place = tl.where(entry < persistent, entry, persistent + in_window)  # among those that compete
     own = tl.zeros((SLOTS,), tl.float32)
-    for i in range(count):
-        own += tl.load(score + i * s_n + place, mask=competes, other=0.0)
+    for begin in range(0, count, OTHERS):
+        rows = begin + tl.arange(0, OTHERS)
+        mask = (rows < count)[:, None] & competes[None, :]
+        own += tl.sum(tl.load(score + rows[:, None] * s_n + place[None, :], mask=mask, other=0.0), axis=0)
     own = tl.where(own == own, own, float("-inf"))
     own = tl.where(place < pinned, float("inf"), own)
     tl.store(sums + place, own, mask=competes)
