@@ -251,7 +251,7 @@ class StreamState:
 
     def _close(self) -> None:
         self.open_frames = 0  # latent frames of the open chunk, 0 between chunks
-        # whoever makes the passes may say so before one that another one follows in this chunk
+        # whoever makes the passes may say so before one that another one follows in this chunk; with share_open must
         self.noisy = False
         self._attended: set[int] = set()
 

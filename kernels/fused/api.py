@@ -387,7 +387,9 @@ def _check_strides(**pages: Tensor) -> None:
     for name, x in pages.items():
         rows, dim = x.shape[2:]
         if x.stride()[1:] != (rows * dim, dim, 1):
-            raise ValueError(f"{name} of a group do not lie one behind the other")
+            raise ValueError(
+                f"{name} of a group do not lie one behind the other: its strides are {x.stride()}; use .contiguous()"
+            )
 
 
 def _check_rows(x: Tensor, *, y: Tensor | None = None, **per_frame: Tensor | None) -> None:
