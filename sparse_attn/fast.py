@@ -282,10 +282,11 @@ class FastPass:
         self.memory.check_pass()
         cos, sin = self._rope_of(frames, height, width, x_BCFHW.device)
         inputs = Inputs(x_BCFHW, timestep_BF, cos, sin, self._tables)
-        kind = self._kind(clean or self._plan() is not None)
+        plan = self._plan()
+        kind = self._kind(clean or plan is not None)
         text = self._text_of(cross_kv)
         shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), text[0][0]))
-        key = (kind, wanted, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores, self._plan())
+        key = (kind, wanted, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores, plan)
         kept = self._kept_of(inputs) if kind != EXACT else None
         if graph := self._graph_for(key, inputs, text, kept):
             flow, shares = self._replay(graph, inputs, text), graph.shares

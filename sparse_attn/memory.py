@@ -165,8 +165,7 @@ class PagedKV:
         if self.host:
             self.host.join()
         self.chunk = self.geometry(frames)
-        self._begins, blocks = frame, self.chunk.num_blocks
-        start = self.capacity + sum(chunk.blocks for chunk in self.window)
+        self._begins, blocks, start = frame, self.chunk.num_blocks, self._filled
         if self.shared:
             self.current = self._open_slots[..., :blocks]
         else:
@@ -334,6 +333,11 @@ class PagedKV:
         """[L, G, NP] int32: the latent frame from which each block of P stems, the memory map of a stream."""
         return self.page_frame.gather(2, self.table[..., : self.persistent])
 
+    @property
+    def _filled(self) -> int:
+        """Where the window's finished chunks end in the table."""
+        return self.capacity + sum(chunk.blocks for chunk in self.window)
+
     def _open_chunk(self) -> WindowChunk:
         return WindowChunk(self.chunk.grid[0], self.chunk.num_blocks)
 
@@ -349,8 +353,8 @@ class PagedKV:
 
     def _new_slots(self) -> Tensor:
         """[L, G, NB]: where the open chunk's blocks rest, of layers that are updated."""
-        stay = self.window[1:] if self._leaving() else self.window
-        start = self.capacity + sum(chunk.blocks for chunk in stay)
+        leaving = self._leaving()
+        start = self._filled - (leaving.blocks if leaving else 0)
         return self.table[..., start : start + self.chunk.num_blocks]
 
     def _keep_tables(self) -> None:
@@ -387,8 +391,7 @@ class PagedKV:
 
     def _window_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """[G, n]: the slots of the window's finished chunks, and of the open one."""
-        stop = self.capacity + sum(chunk.blocks for chunk in self.window)
-        return self.table[layer, :, self.capacity : stop], self.current[layer]
+        return self.table[layer, :, self.capacity : self._filled], self.current[layer]
 
     def _novelty(self, layer: int, count: int) -> Tensor:
         """[G, count]: 1 - the largest cosine between a candidate's mean value and that of a newer block or of the sink.

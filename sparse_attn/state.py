@@ -81,15 +81,14 @@ class StreamState:
         self.layers, self.heads, self.head_dim, self.grid, self.batch = layers, heads, head_dim, grid, batch
         self.chunk_frames, self.attention, self.dtype = chunk_frames, attention, dtype
         self.dense_attention = dense_attention or sdpa
-        self._share_open = share_open
         # normal tensors even where a host is in inference mode, so that any thread may restore a session into them
         with torch.inference_mode(False):
             self.cache = (
-                self._paged(device) if attention.mode == "sparse" else self._frames(total_frames, device)
+                self._paged(device, share_open) if attention.mode == "sparse" else self._frames(total_frames, device)
             )
         self.reset()
 
-    def _paged(self, device: torch.device | str) -> FrameCache | PagedKV:
+    def _paged(self, device: torch.device | str, share_open: bool) -> FrameCache | PagedKV:
         return PagedKV(
             layers=self.layers,
             groups=self.batch * self.heads,
@@ -99,7 +98,7 @@ class StreamState:
             attention=self.attention,
             dtype=self.dtype,
             device=device,
-            share_open=self._share_open,
+            share_open=share_open,
         )
 
     def _frames(self, total_frames: int | None, device: torch.device | str) -> FrameCache | PagedKV:

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..checks import expect
 from . import reference
 from .constraints import backend_for
+from .reference import NO_GAP
 
 PADDINGS = ("none", "finite", "any")
-NO_GAP = (0, 0)
 
 
 class BlockLists(NamedTuple):

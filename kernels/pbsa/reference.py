@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+NO_GAP = (0, 0)  # see `gap` of `api.pbsa_attention`
 WORKSPACE_BYTES = 256 * 2**20  # most that one gather of keys, or one block of scores, may take
 
 

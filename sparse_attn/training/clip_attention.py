@@ -18,26 +18,16 @@ from .common import whole_attention
 
 
 class SparseClip:
-    """`attend` of clips of `frames` x `grid` tokens in blocks of `block_tokens`, of which each reads the share `topk`.
+    """`attend` of clips that `geometry` cuts into blocks, of which each reads the share `topk`.
 
     dtype: of the products, whatever comes in (autocast does not reach kernels). q, k, v [B, N, H, D] -> [B, N, H, D]
     in q's dtype; gradients flow to all three. With topk 1 it is dense attention.
     """
 
-    def __init__(
-        self,
-        frames: int,
-        grid: tuple[int, int],
-        topk: float,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        backend: str = "auto",
-    ):
-        self.topk, self.dtype, self.backend = topk, dtype, backend
-        self.geometry = BlockGeometry(frames, *grid, block_tokens, device)
-        self.pages = torch.arange(self.geometry.num_blocks, dtype=torch.int32, device=device)
-        self.least_tokens = int(self.geometry.lens.min())  # read once: passes do not wait for the device
+    def __init__(self, geometry: BlockGeometry, topk: float, dtype: torch.dtype, backend: str = "auto"):
+        self.geometry, self.topk, self.dtype, self.backend = geometry, topk, dtype, backend
+        self.pages = torch.arange(geometry.num_blocks, dtype=torch.int32, device=geometry.lens.device)
+        self.least_tokens = int(geometry.lens.min())  # read once: passes do not wait for the device
 
     def __call__(self, _layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads = q.shape[0], q.shape[2]
@@ -61,7 +51,8 @@ def clip_attention(
     device: torch.device | str,
     backend: str = "auto",
 ) -> Attend:
-    """A critic's `attend`: dense where it reads all of a clip, as published, else a `SparseClip`."""
+    """A critic's `attend` for clips of `frames` x `grid` tokens: dense where `topk` is all of a clip, as published,
+    else a `SparseClip` in blocks of `block_tokens`."""
     if topk == 1:
         return whole_attention
-    return SparseClip(frames, grid, topk, block_tokens, dtype, device, backend)
+    return SparseClip(BlockGeometry(frames, *grid, block_tokens, device), topk, dtype, backend)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sparse_forcing_pack.kernels import pool_pages
+from sparse_forcing_pack.sparse_attn.geometry import BlockGeometry
 from sparse_forcing_pack.sparse_attn.router import choose_blocks
 from sparse_forcing_pack.sparse_attn.state import sdpa
 from sparse_forcing_pack.sparse_attn.training.clip_attention import SparseClip
@@ -42,7 +43,7 @@ def masked_by_the_lists(clip, q, k, v):
 
 @pytest.mark.parametrize("topk", [1.0, 0.3])
 def test_a_clip_reads_what_its_lists_say(topk):
-    clip = SparseClip(FRAMES, GRID, topk, TOKENS, torch.float64, "cpu")
+    clip = SparseClip(BlockGeometry(FRAMES, *GRID, TOKENS), topk, torch.float64)
     q, k, v = drawn()
     found = results(lambda *x: clip(0, *x), q, k, v)
     dense = results(sdpa, q, k, v)
@@ -53,7 +54,7 @@ def test_a_clip_reads_what_its_lists_say(topk):
 
 
 def test_products_are_in_the_dtype_that_was_asked_for():
-    clip = SparseClip(FRAMES, GRID, 0.5, TOKENS, torch.bfloat16, "cpu")
+    clip = SparseClip(BlockGeometry(FRAMES, *GRID, TOKENS), 0.5, torch.bfloat16)
     q, k, v = drawn(torch.float32)
     out = clip(0, q, k, v)
     assert out.dtype == torch.float32 and torch.equal(out, out.bfloat16().float())
@@ -62,7 +63,7 @@ def test_products_are_in_the_dtype_that_was_asked_for():
 def test_a_critic_that_reads_all_trains_as_a_dense_one(make_run, tmp_path):
     dense, whole, half = (make_run(tmp_path / name, student_every=1) for name in ("dense", "whole", "half"))
     for run, topk in ((whole, 1.0), (half, 0.5)):
-        run.critic_attention = SparseClip(12, (2, 3), topk, 4, torch.float32, "cpu")
+        run.critic_attention = SparseClip(BlockGeometry(12, 2, 3, 4), topk, torch.float32)
     first, second, third = (run.step() for run in (dense, whole, half))
     assert first["critic_loss"] == pytest.approx(second["critic_loss"], rel=1e-4)
     assert first["critic_loss"] != pytest.approx(third["critic_loss"], rel=1e-4)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import NO_GAP
 from .primitives import described_rows, load_rows, softmax_step, store_rows
 from .variants import Variant
 
@@ -64,7 +65,7 @@ def launch(
     padding: str,
     floor: int = 0,
     split: Split | None = None,
-    gap: tuple[int, int] = (0, 0),
+    gap: tuple[int, int] = NO_GAP,
 ) -> tuple[Tensor, Tensor]:
     """`api.pbsa_attention` by one variant, which must fit the call; idx [G, NR, M], cnt [G, NR].
 
