@@ -33,6 +33,11 @@ class Server:
             body = answer.read()
             return json.loads(body) if "json" in answer.headers["Content-Type"] else body.decode()
 
+    def fetch(self, path: str) -> bytes:
+        """The body of an answer as it is; urllib.error.HTTPError where it is not found."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read()
+
     def post(self, path: str, content: dict) -> Any:
         request = urllib.request.Request(
             self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}

@@ -1,4 +1,4 @@
-"""examples/stream_client.py against a real ComfyUI: what it receives while the run lasts, and how it steers it."""
+"""clients/stream_client.py against a real ComfyUI: what it receives while the run lasts, and how it steers it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start(host, server, tmp_path):
     def run(workflow: dict[str, Any], *options: str, url: str = server.url) -> subprocess.Popen:
         file = tmp_path / "workflow.json"
         file.write_text(json.dumps(workflow))
-        command = [host.python, str(ROOT / "examples" / "stream_client.py"), str(file), "--url", url]
+        command = [host.python, str(ROOT / "clients" / "stream_client.py"), str(file), "--url", url]
         command += ["--out", str(tmp_path / "out"), *options]
         clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return clients[-1]

@@ -40,7 +40,7 @@ def killed(host, server: Server, workflow: dict, chunks: int, folder: Path) -> t
     """Kill the server a random while after that many chunks: (chunks that a client had heard of, the video)."""
     file = folder / "workflow.json"
     file.write_text(json.dumps(workflow))
-    command = [host.python, str(ROOT / "examples" / "stream_client.py"), str(file), "--url", server.url]
+    command = [host.python, str(ROOT / "clients" / "stream_client.py"), str(file), "--url", server.url]
     client = subprocess.Popen(
         [*command, "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

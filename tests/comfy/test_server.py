@@ -72,6 +72,9 @@ def test_front_end_gets_help_and_templates(server):
         assert server.get(f"{address}/{page.parent.name}/en.md") == page.read_text(encoding="utf-8")
     templates = server.get("/workflow_templates")[FOLDER]
     assert sorted(templates) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    for path in (path for path in (ROOT / "workflows").iterdir() if path.is_file()):
+        served = f"/api/workflow_templates/{urllib.request.quote(f'{FOLDER}/{path.name}')}"
+        assert server.fetch(served) == path.read_bytes()
     languages = server.get("/i18n")
     for path in (ROOT / "locales").glob("*/nodeDefs.json"):
         ours = json.loads(path.read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ def test_each_page_hears_of_its_own_run_alone(host, server, tmp_path):
         folder.mkdir()
         file = folder / "workflow.json"
         file.write_text(json.dumps(demo(n4_seconds=LONG, n4_seed=seed, n4_width=32 * seed)))
-        command = [host.python, str(ROOT / "examples" / "stream_client.py"), str(file), "--url", server.url]
+        command = [host.python, str(ROOT / "clients" / "stream_client.py"), str(file), "--url", server.url]
         command += ["--out", str(folder), "--stop-after", "3"]
         clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     for seed, client in zip((1, 2), clients):

@@ -84,6 +84,12 @@ def test_the_archive_keeps_what_the_pack_needs():
         assert list(ROOT.glob(name.strip("!/"))), f".comfyignore names {name}, which is not there"
 
 
+def test_templates_are_the_only_folder_that_comfyui_serves_as_templates():
+    """ComfyUI serves the first of these folders that a pack has, under one URL; a second one hides the templates."""
+    served = ("example_workflows", "example", "examples", "workflow", "workflows")
+    assert [name for name in served if (ROOT / name).exists()] == ["workflows"]
+
+
 def test_the_demos_prompt_is_a_scene_of_the_world(run):
     assert len(parse_prompt(run.PROMPT).sprites) == 2
 

@@ -1,6 +1,6 @@
 """Make a video on a running ComfyUI and receive it while it is made.
 
-    python examples/stream_client.py workflows/api/world_model_demo.json --out received
+    python clients/stream_client.py workflows/api/world_model_demo.json --out received
     ... --set 4.seconds=20 --set '4.clip=["1", 1]' --prompt-after 2 "a large blue star orbiting"
     ... --stop-after 5
 
