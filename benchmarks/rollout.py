@@ -296,8 +296,6 @@ class FullSize:
         keys = attention.window_frames * size.frame_tokens
         if name == "sparse":
             read = attention.persistent_frames + attention.topk * attention.window_frames
-            if options.persistent_in_topk:
-                read = attention.topk * (attention.persistent_frames + attention.window_frames)
             keys = read * size.frame_tokens
         return run, memory, keys
 

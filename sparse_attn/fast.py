@@ -12,7 +12,8 @@ The composable pass, `WanModel.forward` with `StreamState.attend`, stays the def
 has patched. This one holds the block's products apart from what lies between them, which `kernels.fused` does in four
 stages a block: norm + RoPE + cache write + pooling, and three times gate + residual + the next branch's norm. On a GPU
 the whole pass is captured as a CUDA graph when a kind of chunk is met for the second time: page tables, time and
-positions are data that are copied in, so one graph serves every later chunk.
+positions are data that are copied in, so one graph serves every later chunk. What kernels write goes into the buffers
+of a workspace, which the first pass of a kind makes (`kernels.workspace`, `graphs`).
 
 For inference: no gradients. Shapes as in `wan` and `state`; L layers, NP persistent and NW window pages of a group.
 """
@@ -22,10 +23,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from inspect import signature
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.nn.attention
@@ -34,8 +35,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..kernels import BlockLists, fused, pbsa_attention
-from .fast_weights import FastBlock, FastModel, FastOptions
+from ..kernels.workspace import Workspace, active, held
+from .fast_weights import FastBlock, FastModel, FastOptions, linear
 from .frame_cache import FrameCache
+from .graphs import Graph, Graphs, Prompt, new_pool, record
 from .memory import LayerPages, PagedKV
 from .rollout import Denoise, upload
 from .router import choose_blocks
@@ -53,7 +56,6 @@ from .wan import (
 
 logger = logging.getLogger("sparse_forcing.fast")
 
-Result = TypeVar("Result")
 CrossKV = list[tuple[Tensor, Tensor]]  # of `WanModel.cross_kv`
 Text = list[tuple[Tensor, Tensor, Tensor]]  # the same with `fused.distinct_rows`
 EXACT, FIRST, LATER = "exact", "first", "later"  # kinds of pass, see FastPass._kind
@@ -125,7 +127,6 @@ def choose_pass(model: WanModel, memory: StreamState, options: FastOptions | Non
 def why_not_fast(model: WanModel, memory: StreamState, options: FastOptions | None = None) -> str | None:
     """Why the fast pass cannot serve this model and stream, or None."""
     options = options or FastOptions()
-    options.validate()
     for name, module in model.named_modules():
         if reason := _patched(module):
             return f"{name or 'the model'} {reason}"
@@ -199,35 +200,6 @@ class Kept:
     persistent: list[tuple[Tensor, ...] | None]  # output, log-sum-exp: one list for all chunks of as many blocks
 
 
-@dataclass
-class Graph:
-    """A captured pass: where it reads, how it is replayed, where it leaves its flow and what each page got."""
-
-    inputs: Inputs
-    replay: Callable[[], None]
-    flow: Tensor | None
-    shares: list[Tensor | None]
-
-
-@dataclass
-class Prompt:
-    """Where graphs find a prompt's keys and values, and the list that they were copied from."""
-
-    own: Text
-    source: Text
-
-
-@dataclass
-class Graphs:
-    """The graphs of a stream by key, which keys earlier chunks had, and why there are none, if there are none."""
-
-    captured: dict[tuple, Graph] = field(default_factory=dict)
-    met: dict[tuple, int] = field(default_factory=dict)  # key -> the chunk that had it first
-    prompts: dict[tuple, Prompt] = field(default_factory=dict)  # by shape
-    failure: str | None = None
-    pool: Any = None
-
-
 class FastPass:
     """The fast pass of one stream. `x` must have the frames of the chunk that `memory` has open.
 
@@ -239,6 +211,7 @@ class FastPass:
         self.model, self.options = prepared.model, prepared.options
         self.backend = memory.attention.backend
         self.graphs = Graphs()
+        self.workspace = Workspace()
         self._chunk = 0
         self._opened: object = None  # the open chunk's table object: a new one means a new chunk
         self._tables: tuple[Tensor, ...] = ()
@@ -288,10 +261,14 @@ class FastPass:
         shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), text[0][0]))
         key = (kind, wanted, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores, plan)
         kept = self._kept_of(inputs) if kind != EXACT else None
-        if graph := self._graph_for(key, inputs, text, kept):
-            flow, shares = self._replay(graph, inputs, text), graph.shares
-        else:
-            flow, shares = self._forward(inputs, text, kind, kept, wanted)
+        with nullcontext() if self._why_no_graph() else self.workspace:
+            if graph := self._graph_for(key, inputs, text, kept):
+                self._replay(graph, inputs, text)
+                flow, shares = graph.flow, graph.shares
+            else:
+                flow, shares = self._forward(inputs, text, kind, kept, wanted)
+            if flow is not None and active() is not None:
+                flow = flow.clone()  # the next pass writes into the same buffer
         if kind == FIRST:
             self._kept_in_chunk = self._chunk
         if isinstance(self.memory.cache, PagedKV):
@@ -370,8 +347,9 @@ class FastPass:
             e = model.time_embedding(timestep_embedding(inputs.timestep, model.freq_dim).to(model.dtype))
             e0 = model.time_projection(e).unflatten(2, (1, 6, -1)).float()
         with named_range("element-wise"):
-            mod = (self.prepared.modulation + e0).unbind(2)  # L times [B, F, 6, C], float32
-            head_shift, head_scale = (model.head.modulation.float() + e[:, :, None].float()).unbind(2)
+            mod = held("modulation", self.prepared.modulation + e0).unbind(2)  # L times [B, F, 6, C], float32
+            ending = held("modulation.head", model.head.modulation.float() + e[:, :, None].float())
+            head_shift, head_scale = ending.unbind(2)
             ends = [(m[:, :, 1], m[:, :, 0]) for m in mod] + [(head_scale, head_shift)]  # scale, shift
             normal = fused.modulated_norm(x, *ends[0], eight_bits=eight, backend=backend)
         for layer, block in enumerate(blocks):
@@ -403,7 +381,7 @@ class FastPass:
         flow = rearrange(
             patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=frames, h=height, w=width, p=PATCH, q=PATCH
         )
-        return flow.to(inputs.x.dtype), shares
+        return held("flow", flow.to(inputs.x.dtype)), shares
 
     def _embed(self, x_BCFHW: Tensor) -> Tensor:
         """The patch embedding as a product: a convolution without overlap is one."""
@@ -411,7 +389,7 @@ class FastPass:
         x = rearrange(
             x_BCFHW.to(self.model.dtype), "b c f (h p) (w q) -> b (f h w) (c p q)", p=PATCH, q=PATCH
         )
-        return F.linear(x, layer.weight.flatten(1), layer.bias)
+        return linear(x, layer.weight.flatten(1), layer.bias, "embedding")
 
     def _cross(
         self, block: FastBlock, normal: Tensor | fused.Rows8, text: tuple[Tensor, Tensor, Tensor]
@@ -419,7 +397,7 @@ class FastPass:
         with named_range("linear"):
             q = block.cross_q(normal)
         with named_range("element-wise"):
-            q = fused.rms_norm(q, block.cross_norm_q, backend=self.backend)
+            q = fused.rms_norm(q, block.cross_norm_q, dtype=text[0].dtype, backend=self.backend)
         with named_range("attention"), best_attention(q.device):
             y = fused.prompt_attention(
                 q.unflatten(2, (self.model.num_heads, -1)), *text, backend=self.backend
@@ -451,7 +429,8 @@ class FastPass:
             if not wanted:
                 return None, None
             with named_range("attention"), best_attention(q.device):
-                return memory.dense_attention(q, *cache.read(layer)).flatten(2), None
+                out = memory.dense_attention(q, *cache.read(layer)).flatten(2)
+                return held("attended", out) if self.options.fp8 else out, None
         current, persistent, window = (table[layer] for table in inputs.tables)
         rows = cache.chunk.tokens
         with named_range("element-wise"):
@@ -461,6 +440,8 @@ class FastPass:
             )
         reading = cache, pages, persistent, window
         out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept, wanted)
+        if not cache.shared and shares is not None:  # `end_chunk` reads those of all layers
+            shares = held(f"shares.{layer}", shares)
         if memory.stores:
             with named_range("element-wise"):
                 cache.finish(layer, current, shares)
@@ -488,8 +469,6 @@ class FastPass:
         """q blocks [G, NB, T, D] over the pages that the router names -> out like q blocks, if `wanted`, and shares."""
         apart = kind != EXACT and self.options.reuse_persistent and persistent.shape[1] > 0
         always, local = (persistent[:, :0], window) if apart else (persistent, window)
-        if self.options.persistent_in_topk:
-            always, local = persistent[:, :0], torch.cat([persistent, window], dim=1)
         lists, shares = None, None
         if kind == LATER and self.options.router_once:
             assert kept is not None
@@ -506,17 +485,17 @@ class FastPass:
         if not wanted:
             return None, shares
         with named_range("attention"):
-            out, lse = self._pbsa(layer, cache, pages, q_blocks, lists)
             if not apart:
-                return out, shares if kind == EXACT else None
+                return self._pbsa(layer, cache, pages, q_blocks, lists)[0], shares if kind == EXACT else None
             assert kept is not None
             if kind == FIRST:
-                count = torch.full_like(persistent[:, :1], persistent.shape[1])
-                ascending = persistent.sort(-1).values[:, None]
+                count = held("persistent.count", torch.full_like(persistent[:, :1], persistent.shape[1]))
+                ascending = held("persistent.slots", persistent.sort(-1).values[:, None])
                 found = self._pbsa(layer, cache, pages, q_blocks, BlockLists(ascending, count))
                 kept.persistent[layer] = _keep(kept.persistent[layer], found)
             over_persistent = kept.persistent[layer]
             assert over_persistent is not None
+            out, lse = self._pbsa(layer, cache, pages, q_blocks, lists)
             return fused.merge_attention(out, lse, *over_persistent, backend=self.backend), None
 
     def _pbsa(
@@ -555,8 +534,8 @@ class FastPass:
                 return None
             try:
                 self.graphs.captured[key] = self._capture(key, inputs, text, kept)
-            except RuntimeError as error:  # whatever cannot be captured can still be run
-                self.graphs.failure = f"capture failed: {str(error).strip().splitlines()[0]}"
+            except Exception as error:  # whatever cannot be captured can still be run
+                self.graphs.failure = f"capture failed: {type(error).__name__}: {_first_line(error)}"
                 logger.warning("CUDA graphs are not used: %s", self.graphs.failure)
                 return None
         return self.graphs.captured[key]
@@ -569,11 +548,10 @@ class FastPass:
         replay, (flow, shares) = record(lambda: self._forward(own, own_text, kind, kept, wanted), self.graphs.pool)
         return Graph(own, replay, flow, shares)
 
-    def _replay(self, graph: Graph, inputs: Inputs, text: Text) -> Tensor | None:
+    def _replay(self, graph: Graph, inputs: Inputs, text: Text) -> None:
         self._own_prompt(text)
         graph.inputs.copy_(inputs)
         graph.replay()
-        return None if graph.flow is None else graph.flow.clone()  # the next pass writes the graph's own
 
     def _own_prompt(self, text: Text) -> Text:
         """Where graphs find the prompt's keys and values; copied there when another list is given than last time."""
@@ -596,18 +574,8 @@ def _timestep(x_BCFHW: Tensor, sigma: float) -> Tensor:
     return torch.full(shape, 1000.0 * sigma, dtype=torch.float32, device=x_BCFHW.device)
 
 
-def new_pool() -> Any:
-    """Memory that the graphs of a stream share: one runs at a time, and none needs what another left."""
-    return torch.cuda.graph_pool_handle()
-
-
-def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Result]:
-    """Capture `run` as a CUDA graph -> what replays it, and its result, which every replay writes anew."""
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local": another thread may be decoding, whose allocations and copies would else end the capture
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = run()
-    return graph.replay, result
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _keep(held: tuple[Tensor, ...] | None, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -659,7 +627,7 @@ def option_error(
     counts too. exact_memory: of the exact stream, where the memory itself is to be judged, too. -> relative error a
     chunk, norm of the difference over norm of the exact flow. Waits for the device.
     """
-    exact = replace(options, fp8=False, persistent_in_topk=False, router_once=False, reuse_persistent=False)
+    exact = replace(options, fp8=False, router_once=False, reuse_persistent=False)
     streams = []
     for chosen, make in ((exact, exact_memory or new_memory), (options, new_memory)):
         memory = make()

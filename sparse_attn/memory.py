@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..kernels import NO_GAP, pool_pages
 from ..kernels.fused import Pages8, pack_pages, put_pages, unpack_pages, update_table
+from ..kernels.workspace import held
 from .config import QUARTERS, AttentionConfig
 from .geometry import BlockGeometry, least_tokens
 from .offload import HostLayers
@@ -269,7 +270,7 @@ class PagedKV:
         if not self.quarters:
             return None
         parts = part_lens(self.page_len[layer], self.attention.block_tokens)
-        return parts[self._groups, slots.long()], parts
+        return held("parts.queries", parts[self._groups, slots.long()]), held("parts.pages", parts)
 
     def open_part(self, layer: int, pages: Tensor) -> Tensor:
         """The open chunk's blocks [G, NB, T, D] of a layer's pages, or of their gradient [G, S, T, D]."""
@@ -381,7 +382,7 @@ class PagedKV:
         score = scores[0] if len(scores) == 1 else torch.cat(scores)
         update_table(
             self.table[layers.start : layers.stop].flatten(0, 1),
-            score.float(),  # under autocast the reference's shares are not
+            held("update.score", score.float()),  # under autocast the reference's shares are not
             self.capacity,
             self.persistent,
             leaving.blocks,

@@ -211,15 +211,22 @@ def update_table(
     return reference.update_table(table, score, capacity, persistent, evicted, pinned)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float = EPS, backend: str = "auto") -> Tensor:
-    """x [B, N, C] / sqrt(mean of squares + eps) * weight [C], in x's dtype."""
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    eps: float = EPS,
+    backend: str = "auto",
+) -> Tensor:
+    """x [B, N, C] / sqrt(mean of squares + eps) * weight [C], in `dtype`, default x's."""
     expect("x", x, (None, None, None), x.device)
     expect("weight", weight, (x.shape[2],), x.device)
     if _backend(backend, "row_norm", x) == "triton":
         from . import triton
 
-        return triton.rms_norm(x, weight, eps)
-    return reference.rms_norm(x, weight, eps)
+        return triton.rms_norm(x, weight, eps, dtype)
+    return reference.rms_norm(x, weight, eps, dtype)
 
 
 def modulated_norm(

@@ -112,9 +112,9 @@ def blocks_to_tokens(
     return quantise_rows(found, gelu=False) if eight_bits else found
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """See `api.rms_norm`."""
-    return _rms_norm(x, weight, eps).to(x.dtype)
+    return _rms_norm(x, weight, eps).to(dtype or x.dtype)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..fast import new_pool, record
+from ..graphs import new_pool, record
 from ..state import sdpa
 from ..wan import Block, WanModel, modulate
 from ..world.render import render

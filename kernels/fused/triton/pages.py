@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...workspace import dense, empty
 from ..reference import INT8_MAX, SMALLEST, Pages8
 
 COPIED = 4096  # elements that a program of `put_pages` copies
@@ -18,7 +19,7 @@ def pack_pages(k_pages: Tensor, v_pages: Tensor, slots: Tensor, into: Pages8, va
     groups, _, rows, dim = k_pages.shape
     with torch.cuda.device_of(k_pages):
         _pack[(slots.shape[1], groups)](
-            k_pages, v_pages, slots.contiguous(), *into, *_apart(k_pages, v_pages), into.k.shape[1], INT8_MAX, SMALLEST,
+            k_pages, v_pages, dense("slots", slots), *into, *_apart(k_pages, v_pages), into.k.shape[1], INT8_MAX, SMALLEST,
             ROWS=rows, D=dim, ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim),
             VALUES=values, num_warps=4,
         )  # fmt: skip
@@ -43,7 +44,7 @@ def _apart(k_pages: Tensor, v_pages: Tensor) -> tuple[int, int]:
 def put_pages(k_blocks: Tensor, v_blocks: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     """See `api.put_pages`."""
     groups, count, rows, dim = k_blocks.shape
-    slots = slots if slots.stride(1) == 1 else slots.contiguous()
+    slots = slots if slots.stride(1) == 1 else dense("slots", slots)
     apart = (x.stride(0) for x in (k_blocks, v_blocks, slots, k_pages, v_pages))
     with torch.cuda.device_of(k_blocks):
         _put[(triton.cdiv(rows * dim, COPIED), count, 2 * groups)](
@@ -59,9 +60,9 @@ def update_table(
     assert table.is_contiguous()
     rows, slots = table.shape
     slots_pad = max(32, triton.next_power_of_2(slots))
-    score = score if score.stride(2) == 1 else score.contiguous()
+    score = score if score.stride(2) == 1 else dense("update.score", score)
     kept = min(capacity, persistent + evicted)
-    sums = torch.empty((rows, persistent + evicted), dtype=torch.float32, device=table.device)
+    sums = empty("update.sums", (rows, persistent + evicted), torch.float32, table.device)
     with torch.cuda.device_of(table):
         _update[(rows,)](
             table, score, sums, *score.stride()[:2], score.shape[1], slots, capacity, persistent, evicted, pinned, kept,

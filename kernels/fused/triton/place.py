@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...workspace import dense, empty
 from ..reference import FP8_MAX, SMALLEST, Rows8, parts_of
 from .rows import to_8_bits, warps_for
 
@@ -40,12 +41,12 @@ def norm_rope_to_pages(
     """See `api.norm_rope_to_pages`."""
     groups, slot_count, rows, dim = k_pages.shape
     blocks, batch = tokens.shape[0], q.shape[0]
-    q_blocks = torch.empty((groups, blocks, rows, dim), dtype=k_pages.dtype, device=q.device)
-    pooled_q = torch.empty((groups, blocks, *pooled_k.shape[2:]), dtype=torch.float32, device=q.device)
+    q_blocks = empty("q_blocks", (groups, blocks, rows, dim), k_pages.dtype, q.device)
+    pooled_q = empty("pooled_q", (groups, blocks, *pooled_k.shape[2:]), torch.float32, q.device)
     k_store, v_store, q_store = (_by_head(x, batch) for x in (k_pages, v_pages, q_blocks))
     assert pooled_k.is_contiguous() and pooled_k.dtype == torch.float32
     _launch(
-        q, k, v, norm_q, norm_k, cos, sin, tokens.contiguous(), slots.contiguous(),
+        q, k, v, norm_q, norm_k, cos, sin, dense("tokens", tokens), dense("slots", slots),
         q_store, k_store, v_store, pooled_q, pooled_k, blocks, rows, slot_count, eps,
     )  # fmt: skip
     return q_blocks, pooled_q
@@ -67,13 +68,13 @@ def norm_rope_to_frames(
     """See `api.norm_rope_to_frames`. A frame is cut into pieces of `FRAME_ROWS` tokens, the last one shorter."""
     batch, count, _ = q.shape
     size, heads, dim = k_frames.shape[2:]
-    q_out = torch.empty((batch, count, heads, dim), dtype=k_frames.dtype, device=q.device)
+    q_out = empty("q_frames", (batch, count, heads, dim), k_frames.dtype, q.device)
     k_rows, v_rows = k_frames.flatten(1, 2), v_frames.flatten(1, 2)
     assert k_rows.data_ptr() == k_frames.data_ptr() and v_rows.data_ptr() == v_frames.data_ptr(), "a view"
     q_store, k_store, v_store = (x.transpose(1, 2) for x in (q_out, k_rows, v_rows))
     pieces = triton.cdiv(size, FRAME_ROWS)
     _launch(
-        q, k, v, norm_q, norm_k, cos, sin, None, frame_slots.contiguous(),
+        q, k, v, norm_q, norm_k, cos, sin, None, dense("slots", frame_slots),
         q_store, k_store, v_store, None, None, pieces * frame_slots.shape[0], FRAME_ROWS, size, eps,
     )  # fmt: skip
     return q_out
@@ -84,20 +85,20 @@ def blocks_to_tokens(
 ) -> Tensor | Rows8:
     """See `api.blocks_to_tokens`."""
     groups, block_count, rows, dim = blocks.shape
-    heads, blocks = groups // batch, blocks.contiguous()
+    heads, blocks, tokens = groups // batch, dense("blocks", blocks), dense("tokens", tokens)
     if eight_bits:
-        out = torch.empty((batch, count, heads * dim), dtype=torch.float8_e4m3fn, device=blocks.device)
-        scale = torch.empty((batch, count, 1), dtype=torch.float32, device=blocks.device)
+        out = empty("attended", (batch, count, heads * dim), torch.float8_e4m3fn, blocks.device)
+        scale = empty("attended.scale", (batch, count, 1), torch.float32, blocks.device)
         with torch.cuda.device_of(blocks):
             _to_tokens_in_8_bits[(block_count * rows, batch)](
-                blocks, tokens.contiguous(), out, scale, count, FP8_MAX, SMALLEST, HEADS=heads, D=dim,
+                blocks, tokens, out, scale, count, FP8_MAX, SMALLEST, HEADS=heads, D=dim,
                 HEADS_PAD=triton.next_power_of_2(heads), D_PAD=triton.next_power_of_2(dim), num_warps=4,
             )  # fmt: skip
         return Rows8(out, scale)
-    out = torch.empty((batch, count, heads * dim), dtype=blocks.dtype, device=blocks.device)
+    out = empty("attended", (batch, count, heads * dim), blocks.dtype, blocks.device)
     with torch.cuda.device_of(blocks):
         _to_tokens[(heads, block_count, batch)](
-            blocks, tokens.contiguous(), out, count, ROWS=rows, D=dim,
+            blocks, tokens, out, count, ROWS=rows, D=dim,
             ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim), num_warps=4,
         )  # fmt: skip
     return out
@@ -119,15 +120,19 @@ def _launch(
     batch, count, width = q.shape
     dim = k_store.shape[3]
     parts = 1 if pooled_k is None else parts_of(pooled_k)
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    factors = torch.empty((2, batch, count), dtype=torch.float32, device=q.device)
+    q, k, v = (
+        x if x.stride(2) == 1 else dense(f"place.{name}", x) for name, x in (("q", q), ("k", k), ("v", v))
+    )
+    norm_q, norm_k = dense("place.norm_q", norm_q), dense("place.norm_k", norm_k)
+    cos, sin = dense("place.cos", cos), dense("place.sin", sin)
+    factors = empty("place.factors", (2, batch, count), torch.float32, q.device)
     with torch.cuda.device_of(q):
         _inverse_rms[(triton.cdiv(count, NORM_ROWS), batch, 2)](
             q, k, factors, *q.stride()[:2], *k.stride()[:2], count, eps,
             C=width, BLOCK=triton.next_power_of_2(width), ROWS=NORM_ROWS, num_warps=warps_for(width),
         )  # fmt: skip
         _place[(3 * (width // dim), blocks, batch)](
-            q, k, v, norm_q.contiguous(), norm_k.contiguous(), cos.contiguous(), sin.contiguous(), factors,
+            q, k, v, norm_q, norm_k, cos, sin, factors,
             tokens, slots, q_store, k_store, v_store, pooled_q, pooled_k, count, size,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *q_store.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...pbsa.triton.forward import precision, unit_rows
 from ...pbsa.triton.primitives import load_rows, softmax_step, store_rows
+from ...workspace import empty
 
 TILE = {"ROWS": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
 TILE32 = {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}  # of float32
@@ -19,8 +20,8 @@ TILE32 = {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}  # of float32
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor) -> Tensor:
     """See `api.prompt_attention`."""
     batch, count, heads, dim = q.shape
-    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
-    out = torch.empty((batch, count, heads, dim), dtype=q.dtype, device=q.device)
+    q, k, v = unit_rows(q, "prompt.q"), unit_rows(k, "prompt.k"), unit_rows(v, "prompt.v")
+    out = empty("prompt", (batch, count, heads, dim), q.dtype, q.device)
     tile = TILE32 if q.dtype == torch.float32 else TILE
     with torch.cuda.device_of(q):
         attend_prompt[(triton.cdiv(count, tile["ROWS"]), heads, batch)](

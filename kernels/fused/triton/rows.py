@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...workspace import dense, empty
 from ..reference import FP8_MAX, SMALLEST, Rows8
 
 MERGED_ROWS = 32  # of two attentions, a program
@@ -27,20 +28,22 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor | Rows8]:
     """x, y [B, N, C]; gate, scale, shift [B, F, C] or None -> (x + gate * y, its modulated norm).
 
-    Without y the sum is x itself; without scale the norm is the sum itself. eight_bits: the norm in 8 bits.
+    Without y the sum is x itself; without scale the norm is the sum itself. eight_bits: the norm in 8 bits. Each
+    program reads a row before it writes it, so the sum may take x's place.
     """
     batch, tokens, width = x.shape
-    x = x.contiguous()
-    y = None if y is None else y.contiguous()
-    total = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x = dense("residual.x", x)
+    y = None if y is None else dense("residual.y", y)
+    total = x if y is None else empty("residual", x.shape, x.dtype, x.device)
     normal, unit = total, None
     if scale is not None:
         dtype = torch.float8_e4m3fn if eight_bits else x.dtype
-        normal = torch.empty(x.shape, dtype=dtype, device=x.device)
+        normal = empty("norm", x.shape, dtype, x.device)
     if eight_bits:
-        unit = torch.empty((batch, tokens, 1), dtype=torch.float32, device=x.device)
+        unit = empty("norm.scale", (batch, tokens, 1), torch.float32, x.device)
     gate, scale, shift = (
-        None if t is None else t if t.stride(2) == 1 else t.contiguous() for t in (gate, scale, shift)
+        None if t is None else t if t.stride(2) == 1 else dense(f"norm.{name}", t)
+        for name, t in (("gate", gate), ("factor", scale), ("shift", shift))
     )
 
     def per_frame(vector: Tensor | None) -> tuple[int, int, int]:
@@ -59,14 +62,14 @@ def residual_norm(
     return total, normal if unit is None else Rows8(normal, unit)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [B, N, C], weight [C] -> [B, N, C], contiguous."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x [B, N, C], weight [C] -> [B, N, C] in `dtype`, default x's; contiguous."""
     batch, tokens, width = x.shape
-    x = x if x.stride(2) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x = x if x.stride(2) == 1 else dense("rms_norm.x", x)
+    out = empty("rms_norm", x.shape, dtype or x.dtype, x.device)
     with torch.cuda.device_of(x):
         _rms_norm[(tokens, batch)](
-            x, weight.contiguous(), out, *x.stride()[:2], eps,
+            x, dense("rms_norm.weight", weight), out, *x.stride()[:2], eps,
             C=width, BLOCK=triton.next_power_of_2(width), num_warps=warps_for(width),
         )  # fmt: skip
     return out
@@ -74,8 +77,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
     """See `api.merge_attention`."""
-    out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
-    out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
+    out_a, lse_a, out_b, lse_b = (
+        dense(f"merge.{place}", x) for place, x in enumerate((out_a, lse_a, out_b, lse_b))
+    )
+    out = empty("merge", out_a.shape, out_a.dtype, out_a.device)
     count, dim = lse_a.numel(), out_a.shape[-1]
     with torch.cuda.device_of(out_a):
         _merge[(triton.cdiv(count, MERGED_ROWS),)](
@@ -88,9 +93,9 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 def quantise_rows(x: Tensor, gelu: bool) -> Rows8:
     """See `api.quantise_rows`."""
     count, width = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((count, 1), dtype=torch.float32, device=x.device)
+    x = x if x.stride(1) == 1 else dense("quantise.x", x)
+    out = empty("quantise", x.shape, torch.float8_e4m3fn, x.device)
+    scale = empty("quantise.scale", (count, 1), torch.float32, x.device)
     head = 1 << width.bit_length() - 1  # 8960 is 8192 and 768: as one piece, 16384, it would be half empty
     with torch.cuda.device_of(x):
         _quantise_rows[(count,)](

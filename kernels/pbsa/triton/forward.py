@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...workspace import dense, empty
 from ..reference import NO_GAP
 from .primitives import described_rows, load_rows, softmax_step, store_rows
 from .variants import Variant
@@ -75,9 +76,11 @@ def launch(
     if scale <= 0:  # the kernels take the maximum before they scale
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     described = variant.kind != "pointers"
-    q = q.contiguous() if described else unit_rows(q)
-    k_pages, v_pages = unit_rows(k_pages), unit_rows(v_pages)
-    page_len, idx, cnt = page_len.contiguous(), idx.contiguous(), cnt.contiguous()
+    q = dense("attention.q", q) if described else unit_rows(q, "attention.q")
+    k_pages, v_pages = unit_rows(k_pages, "attention.k"), unit_rows(v_pages, "attention.v")
+    page_len, idx, cnt = (
+        dense(f"attention.{name}", x) for name, x in (("page_len", page_len), ("idx", idx), ("cnt", cnt))
+    )
     lists = cnt.shape[1]
     list_rows = blocks // lists * tokens  # query rows that one list serves
     tiles = triton.cdiv(list_rows, variant.rows)  # of one list
@@ -89,8 +92,8 @@ def launch(
     rows = groups * blocks * tokens
     # parts after the first leave what they found behind the last row
     rows_and_parts = rows + split_tiles * (split.parts - 1) * variant.rows
-    out = torch.empty((rows_and_parts, dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((rows_and_parts,), dtype=torch.float32, device=q.device)
+    out = empty("attention", (rows_and_parts, dim), q.dtype, q.device)
+    lse = empty("attention.lse", (rows_and_parts,), torch.float32, q.device)
     programs = split.whole + split_tiles * split.parts
     counts = *split, rows, tiles, list_rows, lists, idx.shape[2], page_len.shape[1], *gap
     sizes = *counts, scale * math.log2(math.e)
@@ -155,9 +158,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """x with the elements of a row side by side; copied only if they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def unit_rows(x: Tensor, name: str = "rows") -> Tensor:
+    """x with the elements of a row side by side; copied only if they are not, to the workspace's buffer `name`."""
+    return x if x.stride(-1) == 1 else dense(name, x)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -166,8 +169,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptors that a launch writes; from torch's pool, which CUDA graphs know."""
-    return torch.empty(size, dtype=torch.int8, device=torch.device("cuda", torch.cuda.current_device()))
+    """Memory for the descriptors that a launch writes."""
+    return empty("descriptors", (size,), torch.int8, torch.device("cuda", torch.cuda.current_device()))
 
 
 # Counts follow a call's lengths: specialising on them would compile anew as a video grows. Strides stay specialised:

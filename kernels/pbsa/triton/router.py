@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...workspace import dense, empty
 from .primitives import k_largest, load_rows
 
 SCORE_TILE = {"ROWS": 16, "SLOTS": 64, "PLACES": 256}
@@ -58,7 +59,7 @@ def route_parts(
         rows, columns = pooled_q.flatten(1, 2), pooled_k.flatten(1, 2)
         scores, position_of = _score(rows, columns, always, local, slots, scale)
         select_by_parts[(blocks, groups)](
-            scores, position_of, q_parts.contiguous(), k_parts.contiguous(), idx, cnt, shares,
+            scores, position_of, dense("route.q_parts", q_parts), dense("route.k_parts", k_parts), idx, cnt, shares,
             slots, fixed + free, fixed, keep, PARTS=parts, SLOTS=slots_pad, num_warps=parts_warps(slots_pad),
         )  # fmt: skip
     return idx, cnt, shares
@@ -76,11 +77,12 @@ def _score(
     parts -> scores [G, n, m] float32, and position_of [G, pages] int32."""
     groups, count, dim = rows.shape
     width = columns.shape[1]
-    scores = torch.empty((groups, count, width), dtype=torch.float32, device=rows.device)
-    position_of = torch.empty((groups, pages), dtype=torch.int32, device=rows.device)
+    scores = empty("route.scores", (groups, count, width), torch.float32, rows.device)
+    position_of = empty("route.places", (groups, pages), torch.int32, rows.device)
     grid = triton.cdiv(count, SCORE_TILE["ROWS"]) + 1, triton.cdiv(width, SCORE_TILE["SLOTS"]), groups
     score[grid](
-        rows.contiguous(), columns.contiguous(), always.contiguous(), local.contiguous(), scores, position_of,
+        dense("route.rows", rows), dense("route.columns", columns), dense("route.always", always),
+        dense("route.local", local), scores, position_of,
         count, width, pages, always.shape[1], local.shape[1], scale, D=dim, D_PAD=triton.next_power_of_2(dim),
         **SCORE_TILE, num_warps=4,
     )  # fmt: skip
@@ -91,9 +93,9 @@ def _results(
     rows: tuple[int, int], fixed: int, free: int, keep: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for idx, cnt and shares of rows [G, NQ]."""
-    idx = torch.empty((*rows, fixed + keep), dtype=torch.int32, device=device)
-    cnt = torch.empty(rows, dtype=torch.int32, device=device)
-    return idx, cnt, torch.empty((*rows, fixed + free), dtype=torch.float32, device=device)
+    idx = empty("route.idx", (*rows, fixed + keep), torch.int32, device)
+    cnt = empty("route.cnt", rows, torch.int32, device)
+    return idx, cnt, empty("route.shares", (*rows, fixed + free), torch.float32, device)
 
 
 def parts_warps(slots: int) -> int:
@@ -104,11 +106,11 @@ def parts_warps(slots: int) -> int:
 def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
     """See `api.pool_pages`."""
     groups, count, tokens, dim = pages.shape
-    pages = pages if pages.stride(-1) == 1 else pages.contiguous()
-    pooled = torch.empty((groups, count, dim), dtype=torch.float32, device=pages.device)
+    pages = pages if pages.stride(-1) == 1 else dense("pool.pages", pages)
+    pooled = empty("pool", (groups, count, dim), torch.float32, pages.device)
     with torch.cuda.device_of(pages):
         pool[(count, groups)](
-            pages, page_len.contiguous(), pooled, *pages.stride()[:3],
+            pages, dense("pool.page_len", page_len), pooled, *pages.stride()[:3],
             T=tokens, D=dim, D_PAD=triton.next_power_of_2(dim), num_warps=4,
         )  # fmt: skip
     return pooled

@@ -1,0 +1,76 @@
+"""CUDA graph capture that cannot fail half-way, under torch's own allocator and under cudaMallocAsync.
+
+What is captured has run before with the same shapes and an active `kernels.workspace`: kernels are compiled and tested,
+libraries have chosen their plans, and every tensor that a kernel of ours reads or writes exists. A capture therefore
+makes launches and nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Graph:
+    """A captured pass: the inputs it reads, its replay, the flow it writes, and what each page got in each layer."""
+
+    inputs: Any
+    replay: Callable[[], None]
+    flow: Tensor | None
+    shares: list[Tensor | None]
+
+
+@dataclass
+class Prompt:
+    """Where graphs find a prompt's keys and values, and the list that they were copied from."""
+
+    own: list[tuple[Tensor, ...]]
+    source: list[tuple[Tensor, ...]]
+
+
+@dataclass
+class Graphs:
+    """The graphs of a stream by key, which keys earlier chunks had, and why there are none, if there are none."""
+
+    captured: dict[tuple, Graph] = field(default_factory=dict)
+    met: dict[tuple, int] = field(default_factory=dict)  # key -> the chunk that had it first
+    prompts: dict[tuple, Prompt] = field(default_factory=dict)  # by shape
+    failure: str | None = None
+    pool: Any = None
+
+
+def new_pool() -> Any:
+    """Return a memory pool that graphs replayed one after another can share."""
+    return torch.cuda.graph_pool_handle()
+
+
+def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Result]:
+    """Capture `run` as a CUDA graph; return its replay and its result, which every replay writes anew.
+
+    Raises what the capture raises. Garbage collection is off meanwhile: it could free tensors of other streams.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # "thread_local": another thread may use the device, which would else end the capture
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), _no_collection():
+        result = run()
+    return graph.replay, result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
