@@ -338,6 +338,54 @@ def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> Ro
     return reference.quantise_rows(x, gelu)
 
 
+def norm_to_window(
+    y: Tensor,
+    window: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    total: Tensor | None = None,
+    past: Tensor | None = None,
+    silu: bool = False,
+    shuffled: bool = False,
+    backend: str = "auto",
+) -> None:
+    """What stands between two convolutions of the video VAE, written where the next one reads it.
+
+    x = y + bias + residual, stored in `total` if given; then, with gamma, x / sqrt(mean of squares) * gamma and SiLU
+    if `silu`. y and residual [T, H, W, C], bias and gamma [C], total [T, H, W, C] (may be residual), all contiguous.
+    shuffled: y is instead [T, H/2 + 1, W/2 + 1, 4C], a 2x2 convolution's output with one bank of C channels per
+    position in a 2x2 cell; x has twice its height and width.
+    Written in place: the last T frames of window [T, H, W, C]. With past [2, H, W, C], the inputs before this chunk,
+    window is [T + 2, H, W, C]: its first two frames become `past`, and `past` becomes its last two.
+    """
+    past_frames = 0 if past is None else 2
+    shape = (window.shape[0] - past_frames, *window.shape[1:])
+    height, width, channels = window.shape[1:]
+    stored = (shape[0], height // 2 + 1, width // 2 + 1, 4 * channels) if shuffled else shape
+    if shuffled and (height % 2 or width % 2):
+        raise ValueError(f"a window of {height}x{width} is not twice as high and wide as a 2x2 convolution's input")
+    expect("y", y, stored, window.device)
+    for name, vector in (("bias", bias), ("gamma", gamma)):
+        if vector is not None:
+            expect(name, vector, (channels,), window.device)
+    for name, frames, wanted in (
+        ("residual", residual, shape), ("total", total, shape), ("past", past, (2, *shape[1:])),
+    ):  # fmt: skip
+        if frames is not None:
+            expect(name, frames, wanted, window.device)
+    for name, x in (("y", y), ("residual", residual), ("total", total), ("past", past), ("window", window)):
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: its strides are {x.stride()}; use .contiguous()")
+    args = y, window, bias, residual, gamma, total, past, silu, shuffled
+    if _backend(backend, "norm_to_window", y) == "triton":
+        from . import triton
+
+        return triton.norm_to_window(*args)
+    return reference.norm_to_window(*args)
+
+
 def _backend8(
     backend: str,
     operation: str,

@@ -20,6 +20,7 @@ from torch import Tensor
 FP8_MAX = 448.0  # largest float8_e4m3fn
 INT8_MAX = 127.0
 SMALLEST = 1e-12  # a row of zeros has a scale too
+SMALLEST_SQUARE = 1e-24  # mean square of a pixel in the VAE's norms
 
 
 class Rows8(NamedTuple):
@@ -214,6 +215,43 @@ def update_table(
     unfilled = capacity - kept
     parts = [winners, free[:, :unfilled], window[:, evicted:], free[:, unfilled:]]
     table.copy_(torch.cat(parts, dim=-1))
+
+
+def norm_to_window(
+    y: Tensor,
+    window: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    total: Tensor | None,
+    past: Tensor | None,
+    silu: bool,
+    shuffled: bool,
+) -> None:
+    """See `api.norm_to_window`."""
+    value = _wide(_upsampled(y) if shuffled else y)
+    for term in (bias, residual):
+        if term is not None:
+            value = value + term.to(value.dtype)
+    if total is not None:
+        total.copy_(value)
+        value = total.to(value.dtype)
+    if gamma is not None:
+        mean_square = value.square().mean(-1, keepdim=True)
+        value = value * mean_square.clamp_min(SMALLEST_SQUARE).rsqrt() * gamma.to(value.dtype)
+        value = F.silu(value) if silu else value
+    window[-y.shape[0] :] = value
+    if past is not None:
+        window[:2] = past
+        past.copy_(window[-2:])
+
+
+def _upsampled(y: Tensor) -> Tensor:
+    """[T, h + 1, w + 1, 4C], of a 2x2 convolution over all edges, -> [T, 2h, 2w, C]."""
+    y = y.unflatten(3, (2, 2, -1))
+    height, width = y.shape[1] - 1, y.shape[2] - 1
+    rows = [[y[:, a : a + height, b : b + width, a, b] for b in (0, 1)] for a in (0, 1)]
+    return torch.stack([torch.stack(row, 3) for row in rows], 2).flatten(3, 4).flatten(1, 2)
 
 
 def _in_8_bits(x: Tensor, scale: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The fused operations in Triton. Importing this package imports Triton, so only `api` does it."""
 
+from .frames import norm_to_window
 from .pages import pack_pages, put_pages, unpack_pages, update_table
 from .place import blocks_to_tokens, norm_rope_to_frames, norm_rope_to_pages
 from .prompt import prompt_attention
@@ -10,6 +11,7 @@ __all__ = [
     "merge_attention",
     "norm_rope_to_frames",
     "norm_rope_to_pages",
+    "norm_to_window",
     "pack_pages",
     "prompt_attention",
     "put_pages",
