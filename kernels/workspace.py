@@ -51,7 +51,7 @@ class Workspace:
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised [*shape] in the buffer of this name."""
-        size = max(1, math.prod(shape) * dtype.itemsize)
+        size = max(1, math.prod(shape)) * dtype.itemsize
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.numel() < size:
             if buffer is not None:

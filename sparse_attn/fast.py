@@ -22,26 +22,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from inspect import signature
 from typing import Any, Protocol
 
 import torch
-import torch.nn.attention
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..kernels import BlockLists, fused, pbsa_attention
+from ..kernels import fused
 from ..kernels.workspace import Workspace, active, held
 from .fast_weights import FastBlock, FastModel, FastOptions, linear
 from .frame_cache import FrameCache
+from .fused_attention import (
+    ALONE,
+    FIRST,
+    LATER,
+    FusedAttention,
+    Kept,
+    Projections,
+    Reuse,
+    best_attention,
+    named_range,
+)
 from .graphs import Graph, Graphs, Prompt, new_pool, record
-from .memory import LayerPages, PagedKV
-from .rollout import Denoise, upload
-from .router import choose_blocks
+from .memory import PagedKV
+from .rollout import Denoise
 from .state import StreamState
 from .wan import (
     PATCH,
@@ -58,7 +64,6 @@ logger = logging.getLogger("sparse_forcing.fast")
 
 CrossKV = list[tuple[Tensor, Tensor]]  # of `WanModel.cross_kv`
 Text = list[tuple[Tensor, Tensor, Tensor]]  # the same with `fused.distinct_rows`
-EXACT, FIRST, LATER = "exact", "first", "later"  # kinds of pass, see FastPass._kind
 KNOWN = (
     WanModel, Block, SelfAttention, CrossAttention, Head, torch.nn.Linear, torch.nn.LayerNorm, torch.nn.RMSNorm,
     torch.nn.Conv3d, torch.nn.GELU, torch.nn.SiLU, torch.nn.Sequential, torch.nn.ModuleList,
@@ -192,14 +197,6 @@ class Inputs:
             mine.copy_(theirs)
 
 
-@dataclass
-class Kept:
-    """What the first pass of a chunk leaves for the later ones, a layer each: which pages, and P's attention."""
-
-    lists: list[BlockLists | None]
-    persistent: list[tuple[Tensor, ...] | None]  # output, log-sum-exp: one list for all chunks of as many blocks
-
-
 class FastPass:
     """The fast pass of one stream. `x` must have the frames of the chunk that `memory` has open.
 
@@ -210,6 +207,7 @@ class FastPass:
         self.prepared, self.memory = prepared, memory
         self.model, self.options = prepared.model, prepared.options
         self.backend = memory.attention.backend
+        self.attention = FusedAttention(memory, self.options)
         self.graphs = Graphs()
         self.workspace = Workspace()
         self._chunk = 0
@@ -256,20 +254,19 @@ class FastPass:
         cos, sin = self._rope_of(frames, height, width, x_BCFHW.device)
         inputs = Inputs(x_BCFHW, timestep_BF, cos, sin, self._tables)
         plan = self._plan()
-        kind = self._kind(clean or plan is not None)
+        reuse = self._reuse(clean or plan is not None, self._tables)
         text = self._text_of(cross_kv)
         shapes = tuple(tuple(t.shape) for t in (*inputs.tensors(), text[0][0]))
-        key = (kind, wanted, shapes, x_BCFHW.dtype, self._extent(), self.memory.stores, plan)
-        kept = self._kept_of(inputs) if kind != EXACT else None
+        key = (reuse.kind, wanted, shapes, x_BCFHW.dtype, self.attention.extent(), self.memory.stores, plan)
         with nullcontext() if self._why_no_graph() else self.workspace:
-            if graph := self._graph_for(key, inputs, text, kept):
+            if graph := self._graph_for(key, inputs, text, reuse):
                 self._replay(graph, inputs, text)
                 flow, shares = graph.flow, graph.shares
             else:
-                flow, shares = self._forward(inputs, text, kind, kept, wanted)
+                flow, shares = self._forward(inputs, text, reuse, wanted)
             if flow is not None and active() is not None:
                 flow = flow.clone()  # the next pass writes into the same buffer
-        if kind == FIRST:
+        if reuse.kind == FIRST:
             self._kept_in_chunk = self._chunk
         if isinstance(self.memory.cache, PagedKV):
             self.memory.cache.shares = list(shares)
@@ -289,10 +286,7 @@ class FastPass:
         if cache.current is self._opened:
             return
         self._opened, self._chunk = cache.current, self._chunk + 1
-        if isinstance(cache, PagedKV):
-            self._tables = (cache.current, cache.persistent_slots, cache.window_slots)
-        else:
-            self._tables = (upload(torch.tensor(cache.current, dtype=torch.int32), x.device),)
+        self._tables = self.attention.tables(x.device)
         self._rope = None
 
     def _text_of(self, cross_kv: CrossKV) -> Text:
@@ -306,37 +300,26 @@ class FastPass:
             self._rope = self.model.rope(self.memory.t_start, frames, height, width, device)
         return self._rope
 
-    def _extent(self) -> float:
-        """What else a graph depends on: how many frames of the cache are read, or which share of the window."""
-        cache = self.memory.cache
-        if isinstance(cache, FrameCache):
-            return len(cache.slots) + len(cache.current)
-        return self.memory.attention.topk_after(self.memory.frame)
-
     def _plan(self) -> tuple | None:
         """What else the last pass of a chunk depends on where it also updates the memory, None in others."""
         cache, memory = self.memory.cache, self.memory
         return cache.plan() if isinstance(cache, PagedKV) and cache.shared and memory.stores else None
 
-    def _kind(self, clean: bool) -> str:
-        """exact: on its own, as every pass is without the options that share work, and every clean pass is with them.
-        first: also keeps what the chunk's later passes share. later: uses it."""
+    def _reuse(self, clean: bool, tables: tuple[Tensor, ...]) -> Reuse:
+        """What the pass shares with others of its chunk; a clean pass, and every pass without such options, nothing."""
         shares = self.options.router_once or self.options.reuse_persistent
         if not shares or clean or not isinstance(self.memory.cache, PagedKV):
-            return EXACT
-        return LATER if self._kept_in_chunk == self._chunk else FIRST
-
-    def _kept_of(self, inputs: Inputs) -> Kept:
-        """Where a chunk with tables of these shapes keeps what its passes share."""
+            return ALONE
         layers = self.model.num_layers
-        key = (self._extent(), *(table.shape for table in inputs.tables))
-        outputs = self._over_persistent.setdefault(inputs.tables[0].shape[-1], [None] * layers)
-        return self._kept.setdefault(key, Kept([None] * layers, outputs))
+        key = (self.attention.extent(), *(table.shape for table in tables))
+        outputs = self._over_persistent.setdefault(tables[0].shape[-1], [None] * layers)
+        kept = self._kept.setdefault(key, Kept([None] * layers, outputs))
+        return Reuse(LATER if self._kept_in_chunk == self._chunk else FIRST, kept)
 
     # the pass
 
     def _forward(
-        self, inputs: Inputs, text: Text, kind: str, kept: Kept | None, wanted: bool
+        self, inputs: Inputs, text: Text, reuse: Reuse, wanted: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """-> flow [B, C, F, H, W] in x's dtype, None unless `wanted`, and each layer's shares (see `PagedKV`)."""
         model, blocks, backend = self.model, self.prepared.blocks, self.backend
@@ -354,7 +337,10 @@ class FastPass:
             normal = fused.modulated_norm(x, *ends[0], eight_bits=eight, backend=backend)
         for layer, block in enumerate(blocks):
             gates, last = mod[layer], layer + 1 == len(blocks)
-            y, shares[layer] = self._attend(layer, block, normal, inputs, kind, kept, wanted or not last)
+            with named_range("linear"):
+                q, k, v = block.qkv(normal)
+            given = Projections(q, k, v, block.norm_q, block.norm_k, inputs.cos, inputs.sin)
+            y, shares[layer] = self.attention(layer, given, inputs.tables, reuse, wanted or not last)
             if y is None:
                 return None, shares
             with named_range("linear"):
@@ -405,109 +391,6 @@ class FastPass:
         with named_range("linear"):
             return block.cross_o(y.flatten(2))
 
-    def _attend(
-        self,
-        layer: int,
-        block: FastBlock,
-        normal: Tensor | fused.Rows8,
-        inputs: Inputs,
-        kind: str,
-        kept: Kept | None,
-        wanted: bool,
-    ) -> tuple[Tensor | fused.Rows8 | None, Tensor | None]:
-        """Self-attention of the open chunk up to the output projection, None unless `wanted`: [B, N, C], and what each
-        page got."""
-        cache, memory = self.memory.cache, self.memory
-        with named_range("linear"):
-            q, k, v = block.qkv(normal)
-        parts = (q, k, v, block.norm_q, block.norm_k, inputs.cos, inputs.sin)
-        if isinstance(cache, FrameCache):
-            with named_range("element-wise"):
-                q = fused.norm_rope_to_frames(
-                    *parts, inputs.tables[0], cache.k[layer], cache.v[layer], backend=self.backend
-                )
-            if not wanted:
-                return None, None
-            with named_range("attention"), best_attention(q.device):
-                out = memory.dense_attention(q, *cache.read(layer)).flatten(2)
-                return held("attended", out) if self.options.fp8 else out, None
-        current, persistent, window = (table[layer] for table in inputs.tables)
-        rows = cache.chunk.tokens
-        with named_range("element-wise"):
-            pages = cache.pages(layer)
-            q_blocks, pooled_q = fused.norm_rope_to_pages(
-                *parts, rows, current, *pages.write, cache.pooled[layer], backend=self.backend
-            )
-        reading = cache, pages, persistent, window
-        out, shares = self._attend_pages(layer, q_blocks, pooled_q, *reading, kind, kept, wanted)
-        if not cache.shared and shares is not None:  # `end_chunk` reads those of all layers
-            shares = held(f"shares.{layer}", shares)
-        if memory.stores:
-            with named_range("element-wise"):
-                cache.finish(layer, current, shares)
-        if out is None:
-            return None, shares
-        with named_range("element-wise"):
-            tokens = fused.blocks_to_tokens(
-                out, rows, memory.batch, q.shape[1], eight_bits=self.options.fp8, backend=self.backend
-            )
-        return tokens, shares
-
-    def _attend_pages(
-        self,
-        layer: int,
-        q_blocks: Tensor,
-        pooled_q: Tensor,
-        cache: PagedKV,
-        pages: LayerPages,
-        persistent: Tensor,
-        window: Tensor,
-        kind: str,
-        kept: Kept | None,
-        wanted: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """q blocks [G, NB, T, D] over the pages that the router names -> out like q blocks, if `wanted`, and shares."""
-        apart = kind != EXACT and self.options.reuse_persistent and persistent.shape[1] > 0
-        always, local = (persistent[:, :0], window) if apart else (persistent, window)
-        lists, shares = None, None
-        if kind == LATER and self.options.router_once:
-            assert kept is not None
-            lists = kept.lists[layer]
-        if lists is None:
-            with named_range("router"):
-                lists, shares = choose_blocks(
-                    pooled_q, cache.pooled[layer], always, local, self._extent(), self.backend,
-                    cache.routed_parts(layer, window[:, -q_blocks.shape[1] :]),
-                )  # fmt: skip
-            if kind == FIRST and self.options.router_once:
-                assert kept is not None
-                kept.lists[layer] = BlockLists(*_keep(kept.lists[layer], lists))
-        if not wanted:
-            return None, shares
-        with named_range("attention"):
-            if not apart:
-                return self._pbsa(layer, cache, pages, q_blocks, lists)[0], shares if kind == EXACT else None
-            assert kept is not None
-            if kind == FIRST:
-                count = held("persistent.count", torch.full_like(persistent[:, :1], persistent.shape[1]))
-                ascending = held("persistent.slots", persistent.sort(-1).values[:, None])
-                found = self._pbsa(layer, cache, pages, q_blocks, BlockLists(ascending, count))
-                kept.persistent[layer] = _keep(kept.persistent[layer], found)
-            over_persistent = kept.persistent[layer]
-            assert over_persistent is not None
-            out, lse = self._pbsa(layer, cache, pages, q_blocks, lists)
-            return fused.merge_attention(out, lse, *over_persistent, backend=self.backend), None
-
-    def _pbsa(
-        self, layer: int, cache: PagedKV, pages: LayerPages, q_blocks: Tensor, lists: BlockLists
-    ) -> tuple[Tensor, Tensor]:
-        # what lies behind a page's end was written as zeros, here and by `BlockGeometry.pack`
-        least = cache.least_tokens
-        return pbsa_attention(
-            q_blocks, *pages.read, cache.page_len[layer], lists, padding="finite", least_tokens=least,
-            gap=pages.gap, backend=self.backend,
-        )  # fmt: skip
-
     # CUDA graphs
 
     def _why_no_graph(self) -> str | None:
@@ -518,7 +401,7 @@ class FastPass:
             return f"the model is on {device}"
         return self.graphs.failure
 
-    def _graph_for(self, key: tuple, inputs: Inputs, text: Text, kept: Kept | None) -> Graph | None:
+    def _graph_for(self, key: tuple, inputs: Inputs, text: Text, reuse: Reuse) -> Graph | None:
         """The graph for a pass of this key, captured if an earlier chunk had the key; None: run it eagerly.
 
         The first chunk of a kind is the warm-up: kernels are compiled and tested, libraries choose their plans. A
@@ -533,19 +416,18 @@ class FastPass:
             if self.graphs.met.setdefault(key, self._chunk) == self._chunk:
                 return None
             try:
-                self.graphs.captured[key] = self._capture(key, inputs, text, kept)
+                self.graphs.captured[key] = self._capture(inputs, text, reuse, wanted=key[1])
             except Exception as error:  # whatever cannot be captured can still be run
                 self.graphs.failure = f"capture failed: {type(error).__name__}: {_first_line(error)}"
                 logger.warning("CUDA graphs are not used: %s", self.graphs.failure)
                 return None
         return self.graphs.captured[key]
 
-    def _capture(self, key: tuple, inputs: Inputs, text: Text, kept: Kept | None) -> Graph:
-        kind, wanted = key[:2]
+    def _capture(self, inputs: Inputs, text: Text, reuse: Reuse, wanted: bool) -> Graph:
         own, own_text = inputs.clone(), self._own_prompt(text)
         if self.graphs.pool is None:
             self.graphs.pool = new_pool()
-        replay, (flow, shares) = record(lambda: self._forward(own, own_text, kind, kept, wanted), self.graphs.pool)
+        replay, (flow, shares) = record(lambda: self._forward(own, own_text, reuse, wanted), self.graphs.pool)
         return Graph(own, replay, flow, shares)
 
     def _replay(self, graph: Graph, inputs: Inputs, text: Text) -> None:
@@ -576,36 +458,6 @@ def _timestep(x_BCFHW: Tensor, sigma: float) -> Tensor:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0]
-
-
-def _keep(held: tuple[Tensor, ...] | None, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """`found`, copied to where `held` is, so that a captured pass finds it there."""
-    if held is None:
-        return tuple(x.clone() for x in found)
-    for mine, new in zip(held, found):
-        mine.copy_(new)
-    return tuple(held)
-
-
-def best_attention(device: torch.device) -> AbstractContextManager:
-    """On CUDA, PyTorch's attention by cuDNN where it can: on Hopper 1.7 times as fast as PyTorch's first choice."""
-    if device.type != "cuda" or not _attention_order():
-        return nullcontext()
-    return torch.nn.attention.sdpa_kernel(_attention_order(), set_priority=True)
-
-
-@lru_cache(maxsize=1)
-def _attention_order() -> list:
-    """PyTorch's attention backends, cuDNN's first; empty where this PyTorch cannot be told an order."""
-    if "set_priority" not in signature(torch.nn.attention.sdpa_kernel).parameters:
-        return []
-    kinds = torch.nn.attention.SDPBackend
-    return [kinds.CUDNN_ATTENTION, kinds.FLASH_ATTENTION, kinds.EFFICIENT_ATTENTION, kinds.MATH]
-
-
-def named_range(name: str) -> AbstractContextManager:
-    """A named range where a profiler is on."""
-    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 # --- what the options cost --------------------------------------------------------------------------------------------

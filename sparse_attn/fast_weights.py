@@ -135,8 +135,8 @@ def _fast_block(block: Block, options: FastOptions) -> FastBlock:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, name: str) -> Tensor:
-    """x [B, N, in] @ weight.T + bias -> [B, N, out], with a workspace on CUDA in its buffer `name`."""
-    if active() is None or not x.is_cuda:
+    """x [B, N, in] @ weight.T + bias -> [B, N, out], where a workspace is active in its buffer `name`."""
+    if active() is None:
         return F.linear(x, weight, bias)
     out = empty(name, (x.shape[0] * x.shape[1], len(weight)), x.dtype, x.device)
     return torch.addmm(bias, x.flatten(0, 1), weight.T, out=out).unflatten(0, x.shape[:2])

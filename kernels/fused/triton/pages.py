@@ -19,7 +19,8 @@ def pack_pages(k_pages: Tensor, v_pages: Tensor, slots: Tensor, into: Pages8, va
     groups, _, rows, dim = k_pages.shape
     with torch.cuda.device_of(k_pages):
         _pack[(slots.shape[1], groups)](
-            k_pages, v_pages, dense("slots", slots), *into, *_apart(k_pages, v_pages), into.k.shape[1], INT8_MAX, SMALLEST,
+            k_pages, v_pages, dense("slots", slots), *into, *_apart(k_pages, v_pages), into.k.shape[1],
+            INT8_MAX, SMALLEST,
             ROWS=rows, D=dim, ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim),
             VALUES=values, num_warps=4,
         )  # fmt: skip
