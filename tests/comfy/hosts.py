@@ -11,6 +11,7 @@ say why they are skipped where it is missing.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -31,13 +32,22 @@ class Host(NamedTuple):
     python: str
 
     def environment(self, blocked: Path) -> dict[str, str]:
-        """Environment without Triton: `blocked` gets a package of that name that cannot be imported."""
+        """Environment without Triton: `blocked` gets a package of that name that cannot be imported.
+
+        A PYTHONPATH that is set already stays, behind it: some machines keep ComfyUI's requirements there.
+        """
         package = blocked / "triton"
         package.mkdir(parents=True, exist_ok=True)
         (package / "__init__.py").write_text(
             "raise ModuleNotFoundError('No module named triton', name='triton')\n"
         )
-        return {**os.environ, "PYTHONPATH": str(blocked), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        paths = os.pathsep.join(filter(None, (str(blocked), os.environ.get("PYTHONPATH"))))
+        return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+    def lacks(self, module: str) -> bool:
+        """Whether that Python cannot import a module."""
+        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        return subprocess.run([self.python, "-c", code], check=False).returncode != 0
 
 
 def find_host(which: str = "current") -> Host | str:

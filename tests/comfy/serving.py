@@ -91,19 +91,32 @@ def prepare(base: Path, names: tuple[str, ...] = (FOLDER,)) -> Path:
 
 @contextlib.contextmanager
 def serve(host: Any, base: Path, *options: str, **environment: str) -> Iterator[Server]:
-    """ComfyUI on a prepared `base`, until the block ends; a second time, it goes on with the same folders."""
+    """ComfyUI on a CPU, without Triton; a second time on the same `base`, it resumes with the same folders."""
+    options = (*options, "--cpu", "--preview-method", "latent2rgb")
+    with start(host, base, options, host.environment(base / "blocked") | environment) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def start(
+    host: Any, base: Path, options: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """ComfyUI's main.py on a prepared `base` until the block ends.
+
+    Without `options` it gets only flags that say where it listens, where its files are and that it opens no browser and
+    asks no paid service: it runs as it does for a user who starts it without any.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = (*options, "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base))
-    options += ("--disable-auto-launch", "--disable-api-nodes", "--preview-method", "latent2rgb")
-    options += ("--database-url", "sqlite:///:memory:")
+    options = (*options, "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base))
+    options += ("--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:")
     log = base / "log.txt"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [host.python, str(host.path / "main.py"), *options],
+            [host.python, str(host.path / "main.py"), *options, *front_end(host, base)],
             cwd=host.path,
-            env=host.environment(base / "blocked") | environment,
+            env=environment or {**os.environ, "PYTHONUNBUFFERED": "1"},
             stdout=out,
             stderr=subprocess.STDOUT,
         )
@@ -114,6 +127,16 @@ def serve(host: Any, base: Path, *options: str, **environment: str) -> Iterator[
     finally:
         process.terminate()
         process.wait(30)
+
+
+def front_end(host: Any, base: Path) -> tuple[str, ...]:
+    """Options that start a ComfyUI whose Python lacks the front end's package: main.py exits without one."""
+    if not host.lacks("comfyui_frontend_package"):
+        return ()
+    folder = base / "front_end"
+    folder.mkdir(exist_ok=True)
+    (folder / "index.html").write_text("<html></html>")
+    return ("--front-end-root", str(folder))
 
 
 def answers(server: Server, process: subprocess.Popen) -> bool:
