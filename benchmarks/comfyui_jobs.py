@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -18,8 +17,8 @@ from typing import Any
 
 from comfyui_ballast import GB, Ballast
 from comfyui_client import Client, Run, ServerGone, connect
-from comfyui_graphs import CHUNK_FRAMES, ESTIMATE, FPS, LOADERS, SAMPLE, STREAM, WORLD, Graphs, read_workflows
-from comfyui_results import merged, plot, summary_of, where_it_ran
+from comfyui_graphs import CHUNK_FRAMES, FPS, LOADERS, SAMPLE, WORLD, Graphs, read_workflows
+from comfyui_results import estimated_gb, log_errors, merged, of_stream, plot, summary_of, where_it_ran
 
 Record = dict[str, Any]
 CORE = "core"
@@ -35,7 +34,6 @@ WARM_S, LONG_S = 5.0, 20.0  # seconds of video
 SHORT_FRAMES, LONG_FRAMES = 21, 63  # latent frames of a sampler's runs
 FREE_GB, FREE_GB_14B = (24, 16, 12, 8), (24, 16)
 LEAK_BYTES = 512 * 2**20  # what a second round of the same workflows may leave behind
-LOG_ERROR = re.compile(r"\bERROR\b|Traceback")
 
 
 async def measure(args: argparse.Namespace, command: str, host: str) -> int:
@@ -51,6 +49,8 @@ async def measure(args: argparse.Namespace, command: str, host: str) -> int:
     except ServerGone as gone:
         died = str(gone)
         print(f"The server is gone: {died}", flush=True)
+    if not facts:
+        return 1
     facts |= {"command": command, "date": time.strftime("%Y-%m-%d %H:%M"), "died": died}
     out = args.out or args.merge or Path("build/comfyui.json")
     found = merged(args.merge, facts, records, summary_of(records))
@@ -89,10 +89,10 @@ class Jobs:
         """Jobs in their order; those that only --only starts are left out without it."""
         always: dict[str, Callable[[], Awaitable[None]]] = {
             "sampler": self.sampler,
-            "stream_tiny": self.stream_tiny,
+            "stream_tiny": lambda: self.stream("stream_tiny", {}),
+            "stream_autosave": lambda: self.stream("stream_autosave", {}, autosave_chunks=4),
             "stream_shared_fp8": lambda: self.stream("stream_shared_fp8", SHORTCUTS),
             "stream_wan": lambda: self.stream("stream_wan", {}, seconds=LONG_S / 2, tiny=False),
-            "stream_autosave": self.stream_autosave,
             "stream_fp8_checkpoint": lambda: self.stream_file("stream_fp8_checkpoint", self.args.fp8),
             "stream_gguf": lambda: self.stream_file("stream_gguf", self.args.gguf),
             "workflows": self.workflows,
@@ -174,13 +174,6 @@ class Jobs:
             return
         chunk_s = facts["steady"]["p50_ms"] / 1000
         self.add("engine", chunk_s=chunk_s, fps=4 * CHUNK_FRAMES / chunk_s)
-
-    async def stream_tiny(self) -> None:
-        """With and, in `stream_autosave`, without saved sessions this is what other streams are compared with."""
-        await self.stream("stream_tiny", {})
-
-    async def stream_autosave(self) -> None:
-        await self.stream("stream_autosave", {}, autosave_chunks=4)
 
     async def stream_file(self, name: str, file: str) -> None:
         """Stream another file of the same model, where the server has it."""
@@ -309,33 +302,6 @@ class Jobs:
                 options = schema["input"]["required"][name]
                 found[kind] = options[0] if isinstance(options[0], list) else options[1].get("options", [])
         return found
-
-
-def of_stream(run: Run) -> dict[str, Any]:
-    """Fields of a record of Stream Video."""
-    if run.error or not run.chunks:
-        return {"error": run.error or f"no chunk came ({run.outcome})"}
-    chunk_s = run.chunk_s()
-    return {
-        "chunk_s": chunk_s, "fps": 4 * CHUNK_FRAMES / chunk_s, "first_chunk_s": run.first_chunk_s(STREAM),
-        "node_s": run.node_s(STREAM), "chunks": len(run.chunks),
-        "cache_gb": run.chunks[-1][1].get("cache_bytes", 0) / GB,
-    }  # fmt: skip
-
-
-def estimated_gb(run: Run) -> float | None:
-    """The total of Estimate's text: "weights 2.8 GB, ...: 7.1 GB"."""
-    text = "\n".join(str(line) for line in run.outputs.get(ESTIMATE, {}).get("text", []))
-    totals = re.findall(r"^weights .*: ([\d.]+) (GB|MB)", text, re.MULTILINE)
-    return float(totals[0][0]) * (1 if totals[0][1] == "GB" else 1e-3) if totals else None
-
-
-def log_errors(log: Path, start: int) -> list[str]:
-    """Lines of the log after byte `start` that tell of an error."""
-    with log.open("rb") as file:
-        file.seek(start)
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
-    return [f"log: {line[:200]}" for line in lines if LOG_ERROR.search(line)][:10]
 
 
 async def run_rollout(mode: str) -> dict[str, Any]:

@@ -1,14 +1,21 @@
-"""What comfyui.py's records sum up to, and the file that they go into."""
+"""Records of comfyui.py's jobs, what they sum up to, and the file that they go into."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from comfyui_graphs import CHUNK_FRAMES, ESTIMATE, STREAM
 from results import GOALS
 
+if TYPE_CHECKING:
+    from comfyui_client import Run  # it imports aiohttp
+
 Record = dict[str, Any]
+GB = 1e9
+LOG_ERROR = re.compile(r"\bERROR\b|Traceback")
 NO_FLAGS = "no flags"
 # Flags that say where a server listens and keeps its files, with the number of their values.
 PLACES = {
@@ -33,6 +40,33 @@ FIGURES: dict[str, tuple[str, str] | tuple[str, str, str]] = {
     "fps_14b": ("fps", "stream_14b"),
     "fps_14b_fp8": ("fps", "stream_14b_fp8"),
 }
+
+
+def of_stream(run: Run) -> dict[str, Any]:
+    """Fields of a record of Stream Video."""
+    if run.error or not run.chunks:
+        return {"error": run.error or f"no chunk came ({run.outcome})"}
+    chunk_s = run.chunk_s()
+    return {
+        "chunk_s": chunk_s, "fps": 4 * CHUNK_FRAMES / chunk_s, "first_chunk_s": run.first_chunk_s(STREAM),
+        "node_s": run.node_s(STREAM), "chunks": len(run.chunks),
+        "cache_gb": run.chunks[-1][1].get("cache_bytes", 0) / GB,
+    }  # fmt: skip
+
+
+def estimated_gb(run: Run) -> float | None:
+    """The total of Estimate's text: "weights 2.8 GB, ...: 7.1 GB"."""
+    text = "\n".join(str(line) for line in run.outputs.get(ESTIMATE, {}).get("text", []))
+    totals = re.findall(r"^weights .*: ([\d.]+) (GB|MB)", text, re.MULTILINE)
+    return float(totals[0][0]) * (1 if totals[0][1] == "GB" else 1e-3) if totals else None
+
+
+def log_errors(log: Path, start: int) -> list[str]:
+    """Lines of the log after byte `start` that tell of an error."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    return [f"log: {line[:200]}" for line in lines if LOG_ERROR.search(line)][:10]
 
 
 def summary_of(records: list[Record]) -> dict[str, float]:
@@ -85,21 +119,20 @@ def merged(
     """
     old = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
     runs = old.get("runs", {})
-    label = facts.get("flags", "not reached")
+    label = facts["flags"]
     before = runs.get(label, {})
     made = {record["name"] for record in records}
     kept = [record for record in before.get("records", []) if record["name"] not in made]
-    command = facts.get("command", "")
+    command = facts["command"]
     commands = [*(one for one in before.get("commands", []) if one != command), command]
-    runs[label] = facts | {
-        "commands": commands,
-        "summary": {
-            **{k: v for k, v in before.get("summary", {}).items() if not set(FIGURES[k][1:]) & made}, **summary
-        },
-        "records": kept + records,
-    }  # fmt: skip
+    figures = {
+        name: value
+        for name, value in before.get("summary", {}).items()
+        if name in FIGURES and not made & set(FIGURES[name][1:])
+    }
+    runs[label] = facts | {"commands": commands, "summary": figures | summary, "records": kept + records}
     return {
-        "machine": facts.get("machine", old.get("machine", "")),
+        "machine": facts["machine"],
         "summary": runs.get(NO_FLAGS, {}).get("summary", {}),
         "runs": runs,
     }

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from _root import load_pack
-from safetensors.torch import save_file
 from torch import Tensor
 
 # size -> (file name, width, width of the feed-forward layers, heads, layers)
@@ -30,6 +29,7 @@ KINDS = ("bf16", "fp8", "gguf", "vae", "lora")
 AUTOREGRESSIVE = {"config": json.dumps({"transformer": {"causal_ar": True}})}
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 Q8_BLOCK = 32
+DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", FP8: "F8_E4M3"}
 
 
 def write_all(comfy: Path, sizes: list[str], kinds: list[str]) -> None:
@@ -164,8 +164,21 @@ def write_lora(path: Path, size: str, rank: int = 16) -> None:
 
 
 def save(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    began = time.monotonic()
-    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, path, metadata)
+    """A safetensors file, written tensor by tensor: 14B are never in host memory as a whole."""
+    began, header, offset = time.monotonic(), {}, 0
+    if metadata:
+        header["__metadata__"] = metadata
+    for name, weight in weights.items():
+        size = weight.numel() * weight.element_size()
+        form = {"dtype": DTYPES[weight.dtype], "shape": list(weight.shape)}
+        header[name] = form | {"data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for weight in weights.values():
+            file.write(weight.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     told(path, began)
 
 

@@ -15,8 +15,11 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 FOLDER, PAGE = DOCS / "results", DOCS / "results.md"
 HEAD = """# Results
 
-Written by `benchmarks/results.py` from the files in [results/](results); do not edit.
+Written by `benchmarks/results.py` from the JSON files in `docs/results`; do not edit.
 """
+
+
+MEMORY = ("free_gb", "peak_gb", "estimate_gb")  # of a record on an imitated smaller card
 
 
 class Goal(NamedTuple):
@@ -88,9 +91,33 @@ def table(title: str, found: dict[str, Any]) -> str:
         lines.append(f"| {what} | {bound} | {' | '.join(cells)} |")
     lines.append("")
     for label, run in (found.get("runs") or {"": found}).items():
-        facts = [label, run.get("date", ""), versions(run.get("versions", {})), f"`{run.get('command', '')}`"]
+        commands = ", ".join(f"`{command}`" for command in run.get("commands", [run.get("command", "")]))
+        facts = [label, run.get("date", ""), versions(run.get("versions", {})), commands]
         lines.append("- " + "; ".join(filter(None, facts)))
+    for label, run in found.get("runs", {}).items():
+        lines += records(label, run.get("records", []))
     return "\n".join(lines) + "\n"
+
+
+def records(label: str, found: list[dict[str, Any]]) -> list[str]:
+    """A table of one run's jobs; workflows that ran well are only counted."""
+    shown = [one for one in found if one["error"] or one["chunk_s"]]
+    lines = [
+        "",
+        f"### {label}",
+        "",
+        "| job | ms per chunk | FPS | first chunk, s | |",
+        "|---|---|---|---|---|",
+    ]
+    for one in shown:
+        chunk = None if one["chunk_s"] is None else 1000 * one["chunk_s"]
+        cells = [f"{value:.3g}" if value else "" for value in (chunk, one["fps"], one["first_chunk_s"])]
+        notes = [f"failed: {one['error'].splitlines()[0][:120]}"] if one["error"] else []
+        notes += [f"{key.removesuffix('_gb')} {one[f'{key}']:.1f} GB" for key in MEMORY if one.get(key)]
+        lines.append(f"| {one['name']} | {' | '.join(cells)} | {', '.join(notes).replace('|', '/')} |")
+    if more := len(found) - len(shown):
+        lines += ["", f"{more} further checks ran without an error."]
+    return lines
 
 
 def cell(value: float | None, goal: Goal | None) -> str:
