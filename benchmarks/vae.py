@@ -68,7 +68,8 @@ def main() -> None:
     for name in args.dtypes:
         dtype, part = getattr(torch, name), result.setdefault(name, {})
         for what in args.only:
-            part[what] = {"errors": errors, "decoders": decoders, "ops": operations}[what](dtype)
+            measure = {"errors": errors, "decoders": decoders, "ops": operations}[what]
+            part[what] = attempt(lambda measure=measure: measure(dtype), f"{name} {what}")
             print(f"{name} {what} done after {time.time() - started:.0f} s", flush=True)
             if args.out:
                 args.out.write_text(json.dumps(result, indent=1))
@@ -101,7 +102,7 @@ def attempt(run: Callable[[], object], label: str) -> object:
     except Exception as error:
         found = f"{type(error).__name__}: {str(error)[:300]}"
     torch.cuda.empty_cache()
-    print(f"  {label}: {found}", flush=True)
+    print(f"  {label}: {found if not isinstance(found, dict) or len(found) < 4 else 'done'}", flush=True)
     return found
 
 
@@ -109,6 +110,14 @@ def published(dtype: torch.dtype) -> torch.nn.Module:
     """A VAE of the published width whose activations keep their size through the layers."""
     torch.manual_seed(0)
     return WanVAE().eval().requires_grad_(False).to("cuda", dtype)
+
+
+def in_channels_last(vae: torch.nn.Module) -> torch.nn.Module:
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            layout = torch.channels_last_3d if module.weight.dim() == 5 else torch.channels_last
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+    return vae
 
 
 def noise(frames: int, dtype: torch.dtype, height: int = HEIGHT, width: int = WIDTH) -> Tensor:
@@ -143,10 +152,9 @@ def decoders(dtype: torch.dtype) -> dict:
     """ms per chunk of every way to decode; with graphs where they are captured."""
     vae, found = published(dtype), {}
     found["WanVAE"] = attempt(lambda: stream_ms(lambda: vae.stream_decoder().push, dtype), "WanVAE")
-    vae_last = published(dtype).to(memory_format=torch.channels_last_3d)
 
     def channels_last() -> Callable:
-        push = vae_last.stream_decoder().push
+        push = in_channels_last(published(dtype)).stream_decoder().push
         return lambda x: push(x.contiguous(memory_format=torch.channels_last_3d))
 
     label = "WanVAE, channels_last_3d"
@@ -216,8 +224,8 @@ def decode_in_pieces(decoder, raw: Tensor) -> Tensor:
 def operations(dtype: torch.dtype) -> dict:
     """Of a piece of one latent frame, by operation: ms, how often a chunk has it, TFLOP/s or GB/s."""
     return {
-        "convolutions": {case[0]: convolution(case, dtype) for case in CONVS},
-        "norms": {label: norm(shape, dtype) for label, shape in (
+        "convolutions": {case[0]: attempt(lambda case=case: convolution(case, dtype), case[0]) for case in CONVS},
+        "norms": {label: attempt(lambda shape=shape: norm(shape, dtype), label) for label, shape in (
             ("384 at 1/8", (1, HEIGHT, WIDTH, 384)),
             ("384 at 1/4", (2, 2 * HEIGHT, 2 * WIDTH, 384)),
             ("192 at 1/2", (4, 4 * HEIGHT, 4 * WIDTH, 192)),
@@ -241,7 +249,7 @@ def convolution(case: tuple, dtype: torch.dtype) -> dict:
 
     def timed(run: Callable) -> Callable:
         def result() -> dict:
-            ms = median_ms(run, repeats=5)
+            ms = median_ms(run, repeats=5, warm=2)
             return {"ms": round(ms, 4), "TFLOP/s": round(flop / ms / 1e9)}
 
         return result
