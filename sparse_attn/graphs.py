@@ -1,8 +1,10 @@
-"""CUDA graph capture that cannot fail half-way, under torch's own allocator and under cudaMallocAsync.
+"""CUDA graph capture under torch's own allocator and under cudaMallocAsync.
 
 What is captured has run before with the same shapes and an active `kernels.workspace`: kernels are compiled and tested,
-libraries have chosen their plans, and every tensor that a kernel of ours reads or writes exists. A capture therefore
-makes launches and nothing else.
+libraries have chosen their plans, and every tensor that a kernel of ours reads or writes exists. So a capture makes
+launches and little else. If it fails nevertheless, the process must survive: under cudaMallocAsync a tensor that was
+allocated in a capture which failed cannot be freed (the allocator throws from a destructor, which ends the process), so
+all of them are kept for good.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
 
@@ -56,13 +59,36 @@ def new_pool() -> Any:
 def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Result]:
     """Capture `run` as a CUDA graph; return its replay and its result, which every replay writes anew.
 
-    Raises what the capture raises. Garbage collection is off meanwhile: it could free tensors of other streams.
+    The result lies in memory that existed before. Raises what the capture raises; the device works on. Garbage
+    collection is off meanwhile: it could free tensors of other streams.
     """
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local": another thread may use the device, which would else end the capture
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), _no_collection():
-        result = run()
+    graph, made = torch.cuda.CUDAGraph(), _Made()
+    try:
+        # "thread_local": another thread may use the device, which would else end the capture
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), _no_collection():
+            with made:
+                result = run()
+            made.tensors.clear()
+    except BaseException:
+        _never_freed.append((graph, made.tensors))
+        raise
     return graph.replay, result
+
+
+_never_freed: list[Any] = []  # of captures that failed
+
+
+class _Made(TorchDispatchMode):
+    """Keeps what operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.tensors.append(result)
+        return result
 
 
 @contextmanager

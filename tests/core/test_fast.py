@@ -512,5 +512,5 @@ def test_fp8_on_the_device_is_close():
     draw = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(1536, 512).requires_grad_(False).to("cuda", torch.bfloat16)
     x = torch.randn(1, 300, 1536, generator=draw).to("cuda", torch.bfloat16)
-    found, expected = Linear8(layer.weight, layer.bias)(x), layer(x)
+    found, expected = Linear8(layer.weight, layer.bias, "linear")(x), layer(x)
     assert (found - expected).norm() / expected.norm() < 0.05

@@ -104,6 +104,54 @@ def test_graphs_under_cuda_malloc_async():
     assert " passed" in done.stdout
 
 
+FAILS = """
+import sys
+sys.path[:0] = {path!r}
+import conftest  # loads the pack
+import torch
+from sparse_forcing_pack.sparse_attn.graphs import new_pool, record
+assert torch.cuda.get_allocator_backend() == {backend!r}
+x = torch.randn(512, 512, device="cuda")
+
+def run(fails):
+    y = (x @ x).relu()
+    if fails == "raises":
+        raise ValueError("planted")
+    if fails == "waits":
+        y.sum().item()
+    x.copy_(y)
+    return x
+
+run("")
+for fails in ("raises", "waits"):
+    try:
+        record(lambda: run(fails), new_pool())
+        raise SystemExit("not raised")
+    except Exception as error:
+        print("caught", type(error).__name__)
+torch.cuda.synchronize()
+x.fill_(0.01)
+replay, result = record(lambda: run(""), new_pool())
+replay()
+torch.cuda.empty_cache()
+print("alive", float(result[0, 0]))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["native", "cudaMallocAsync"])
+def test_record_failure_leaves_the_process_alive(backend):
+    env = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": f"backend:{backend}"}
+    root = Path(__file__).parents[2]
+    script = FAILS.format(path=[str(root / "tests")], backend=backend)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "alive 0.05" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("caught") == 2
+
+
 @contextmanager
 def only_known_memory():
     """Fail where a kernel is launched on a tensor whose storage did not exist before."""
