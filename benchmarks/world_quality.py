@@ -4,8 +4,8 @@
     python benchmarks/world_quality.py --variants build/variants --out output/quality
     python benchmarks/world_quality.py --entry mine=build/world:sparse renderer --prompts 8 --seeds 1 --horizons 5 20
 
-Entries are NAME=FOLDER:MODE; the folder holds world_dit and world_text (and world_vae, or --vae names the folder that
-does). `renderer` and `vae` are the renderer's own frames, as they are and through the VAE: the best that can be scored.
+Entries are NAME=FOLDER:MODE, or NAME=FOLDER:MODE@128 for blocks of as many tokens; the folder holds world_dit and
+world_text (and world_vae, or --vae names the folder that does). `renderer` and `vae` are the renderer's own frames, as they are and through the VAE: the best that can be scored.
 --variants names the folder of `train_world.py variants` and measures what is there. Measured numbers are kept in
 OUT/clips.csv; an entry that is there is not measured again. With --show N nothing is measured: OUT/recall_frames.jpg
 then shows the first N scenes of the recall test, away for five seconds, as the entries bring them back.
@@ -14,6 +14,7 @@ then shows the first N scenes of the recall test, away for five seconds, as the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import logging
 from pathlib import Path
@@ -35,7 +36,7 @@ def parse_entry(text: str) -> tuple[str, Path | None, str]:
         return text, None, ""
     name, found, rest = text.partition("=")
     folder, colon, mode = rest.rpartition(":")
-    if not (found and colon and name and folder) or mode not in variants.MODES:
+    if not (found and colon and name and folder) or mode.partition("@")[0] not in variants.MODES:
         raise ValueError(
             f"entry {text!r} is not NAME=FOLDER:MODE with one of the modes {', '.join(variants.MODES)}, "
             "nor renderer, nor vae."
@@ -90,7 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
         if folder is None:
             return quality.RenderedSource(args.device, vae if name == "vae" else None)
         model = clips.load_folder(folder, args.device, vae)
-        return quality.ModelSource(model, variants.MODES[mode], args.device)
+        name, _, tokens = mode.partition("@")
+        attention = variants.MODES[name]
+        if tokens:
+            attention = dataclasses.replace(attention, block_tokens=int(tokens))
+        return quality.ModelSource(model, attention, args.device)
 
     if args.show:
         sources = {name: source_of(name, folder, mode) for name, folder, mode in entries}

@@ -12,6 +12,7 @@ from .pbsa import (
     backend_report,
     pbsa_attention,
     pool_pages,
+    preferred_block_tokens,
     route,
     route_parts,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "fused",
     "pbsa_attention",
     "pool_pages",
+    "preferred_block_tokens",
     "route",
     "route_parts",
 ]

@@ -4,7 +4,7 @@ Read `api` for the interface, `reference` for what the numbers mean, `constraint
 """
 
 from .api import NO_GAP, BlockLists, attention_mass, pbsa_attention, pool_pages, route, route_parts
-from .constraints import backend_report
+from .constraints import backend_report, preferred_block_tokens
 
 __all__ = [
     "NO_GAP",
@@ -13,6 +13,7 @@ __all__ = [
     "backend_report",
     "pbsa_attention",
     "pool_pages",
+    "preferred_block_tokens",
     "route",
     "route_parts",
 ]
