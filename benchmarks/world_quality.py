@@ -5,7 +5,8 @@
     python benchmarks/world_quality.py --entry mine=build/world:sparse renderer --prompts 8 --seeds 1 --horizons 5 20
 
 Entries are NAME=FOLDER:MODE, or NAME=FOLDER:MODE@128 for blocks of as many tokens; the folder holds world_dit and
-world_text (and world_vae, or --vae names the folder that does). `renderer` and `vae` are the renderer's own frames, as they are and through the VAE: the best that can be scored.
+world_text (and world_vae, or --vae names the folder that does). `renderer` and `vae` are the renderer's own frames, as
+they are and through the VAE: the best that can be scored.
 --variants names the folder of `train_world.py variants` and measures what is there. Measured numbers are kept in
 OUT/clips.csv; an entry that is there is not measured again. With --show N nothing is measured: OUT/recall_frames.jpg
 then shows the first N scenes of the recall test, away for five seconds, as the entries bring them back.
