@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def main() -> None:
     for name in args.dtypes:
         dtype, part = getattr(torch, name), result.setdefault(name, {})
         for what in args.only:
-            measure = {"errors": errors, "decoders": decoders, "ops": operations}[what]
-            part[what] = attempt(lambda measure=measure: measure(dtype), f"{name} {what}")
+            measure = partial({"errors": errors, "decoders": decoders, "ops": operations}[what], dtype)
+            part[what] = attempt(measure, f"{name} {what}")
             print(f"{name} {what} done after {time.time() - started:.0f} s", flush=True)
             if args.out:
                 args.out.write_text(json.dumps(result, indent=1))
