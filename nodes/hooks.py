@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.ldm.flux.math import apply_rope1
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
@@ -24,6 +25,7 @@ from ..sparse_attn.fast_weights import FastOptions
 from .checks import require_wan
 from .fast_pass import HostFastPass, fast_pass_for
 from .host import inference_dtype, known
+from .recovery import MemoryTornError, reason_of
 from .session import ATTENTION, FAST, PASS, RUN, UNDECIDED, ForwardPass, SamplingRun
 
 logger = logging.getLogger("sparse_forcing.nodes")
@@ -83,8 +85,9 @@ def diffusion_model_wrapper(
         if run.has_done(keys):  # the memory keeps what came first, and a flow at sigma 0 counts for nothing
             return torch.zeros_like(x)
         states = run.states_for(keys, network, x)
-        if fast := _fast_pass(run, executor, x, transformer_options):
-            return fast(states, keys, x, timestep, context)
+        flow = _try_fast(run, executor, transformer_options, (states, keys, x, timestep, context))
+        if flow is not None:
+            return flow
         freqs = network.rope_encode(
             *x.shape[2:],
             t_start=run.t_start,
@@ -131,6 +134,32 @@ def _through_memory(network: Any, run: SamplingRun, current: ForwardPass, forwar
     )
     run.retaken.update(lost)
     return _through_memory(network, run, current, forward)
+
+
+def _try_fast(
+    run: SamplingRun, executor: Any, options: dict[str, Any], forward: tuple[Any, ...]
+) -> Tensor | None:
+    """The flow by the run's fast pass; None where ComfyUI's own layers have to make it, as after any failure.
+
+    forward: the arguments of HostFastPass. Raises MemoryTornError where the memory has to be written anew first.
+    """
+    begun = False
+    try:
+        fast = _fast_pass(run, executor, forward[2], options)
+        if fast is None:
+            return None
+        begun = True
+        return fast(*forward)
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception as error:
+        logger.debug("The fast pass failed.", exc_info=True)
+        reason = reason_of(error)
+    fast = None
+    run.give_up_fast(reason)
+    if begun and run.tears:
+        raise MemoryTornError(reason)
+    return None
 
 
 def _fast_pass(run: SamplingRun, executor: Any, x: Tensor, options: dict[str, Any]) -> HostFastPass | None:

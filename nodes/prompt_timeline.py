@@ -15,6 +15,7 @@ from torch import Tensor
 from ..sparse_attn.timeline import Policy, TimedPrompt, change_prompt, parse_timeline, prompt_at, seconds_at
 from .host import io
 from .keeping import conditioning_key
+from .recovery import keep_on_device, recovering
 from .session import RUN
 
 logger = logging.getLogger("sparse_forcing.nodes")
@@ -190,22 +191,25 @@ class PromptSwitcher:
         )["positive"]
         for old, new in zip(before, positive, strict=True):
             new["uuid"] = old["uuid"]  # the key of its memory
+        keep_on_device({"positive": positive}, torch.device(device))
         guider.conds["positive"], self.conditioning = positive, conditioning
         run.forget_prompts()
         states = list(run.states.values())
+        denoise = recovering(run, self._evaluate(run, flushes=policy == "flush"), torch.device(device))
         change_prompt(
-            self._denoise(run), run, states, lambda *span: self.recent(*span).to(device), policy,
-            run.chunk_frames,
-        )  # fmt: skip
+            denoise, run, states, lambda *span: self.recent(*span).to(device), policy, run.chunk_frames
+        )
 
-    def _denoise(self, run: Any) -> Any:
-        """The rollout's view of the model, for passes between two chunks."""
+    def _evaluate(self, run: Any, flushes: bool) -> Any:
+        """The model for passes between two chunks; a prompt that `flushes` lets the memory begin with their first."""
         options = comfy.model_patcher.create_model_options_clone(self.guider.model_options)
         options["transformer_options"]["sample_sigmas"] = self.sigmas
+        first: list[int] = []
 
-        def denoise(x: Tensor, sigma: float) -> Tensor:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            run.begin_pass()
+        def evaluate(x: Tensor, sigma: float) -> Tensor:
+            if flushes and not first:
+                first.append(run.frame)
+                run.first_frame = run.frame
             return self.guider(x, sigma * x.new_ones([x.shape[0]]), options, self.seed)
 
-        return denoise
+        return evaluate

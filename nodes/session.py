@@ -7,6 +7,7 @@ above 1, prompt and negative prompt each keep their own keys and values.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from functools import partial
 from typing import Any
@@ -17,8 +18,12 @@ from torch import Tensor
 
 from ..sparse_attn.config import AttentionConfig
 from ..sparse_attn.frame_cache import RECENT_FRAMES
+from ..sparse_attn.memory import PagedKV
 from ..sparse_attn.state import StreamState
 from .fast_pass import HostFastPass
+from .recovery import Finished, free_device_memory
+
+logger = logging.getLogger("sparse_forcing.nodes")
 
 RUN = "sparse_forcing"
 PASS = "sparse_forcing_pass"
@@ -42,6 +47,9 @@ class SamplingRun:
     `total_frames` (latent) is what mode "dense" allocates for. `reserve_bytes`: device memory needed beside the model.
     `rereads`: the prompt may change, and the recent frames run again. Implements the memory side of `rollout.stream`:
     `begin_chunk(frames)`, `noisy` and `end_chunk()`.
+
+    To write the memory anew (`recovery.rewrite`) it takes `finished`, the finished latents from `first_frame` on, of
+    which the first `given` were not generated.
     """
 
     def __init__(
@@ -61,6 +69,9 @@ class SamplingRun:
         self.fast: Any = UNDECIDED  # this run's HostFastPass; None: the host's own layers
         self.states: dict[Hashable, StreamState] = {}
         self.frame = 0
+        self.first_frame = 0  # later than 0 after a prompt that flushed the memory
+        self.given = 0
+        self.finished: Finished | None = None
         self._frames = 0
         self._noisy = False
         self._seen: set[Hashable] = set()
@@ -79,6 +90,11 @@ class SamplingRun:
             return self.chunk_frames
         recent = RECENT_FRAMES if self.attention.mode == "dense" else self.attention.window_frames
         return max(self.chunk_frames, min(recent, self.total_frames))
+
+    @property
+    def open_frames(self) -> int:
+        """Latent frames of the open chunk."""
+        return self._frames
 
     @property
     def noisy(self) -> bool:
@@ -124,8 +140,30 @@ class SamplingRun:
         """Give the memory back; the run could start anew."""
         self.states.clear()
         self.fast = UNDECIDED
+        self.finished = None
         self.tried = False
-        self.frame = 0
+        self.frame = self.first_frame = 0
+
+    def rewind_all(self) -> None:
+        """Empty the memory, for the finished latents to be written again from `first_frame` on."""
+        for state in self.states.values():
+            state.reset()
+            state.frame = self.first_frame
+        self.frame = self.first_frame
+
+    def give_up_fast(self, reason: str) -> None:
+        """Go on with ComfyUI's own layers, and free what the fast pass holds."""
+        logger.warning(
+            "Sparse Forcing gives its fast pass up and goes on with ComfyUI's own layers: %s", reason
+        )
+        self.fast = None
+        free_device_memory()
+
+    @property
+    def tears(self) -> bool:
+        """Whether a clean pass that is cut short leaves the memory of finished chunks torn."""
+        caches = (state.cache for state in self.states.values())
+        return not self._noisy and any(isinstance(cache, PagedKV) and cache.shared for cache in caches)
 
     def states_for(self, keys: list[Hashable], network: Any, x: Tensor) -> list[StreamState]:
         """The states of one forward, in batch order; `x` [len(keys) * B, C, F, H, W] is its input.

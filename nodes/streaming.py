@@ -9,7 +9,6 @@ from functools import partial
 from itertools import chain, count
 from typing import Any
 
-import comfy.model_management
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from ..sparse_attn.config import AttentionConfig, SamplerConfig, check_length, s
 from ..sparse_attn.rollout import Chunk, prefill, stream
 from .checks import check_latent
 from .hooks import patched_for_this_run
+from .recovery import Finished, keep_on_device, recovering
 from .session import ATTENTION, FIRST_STEPS, RUN, SamplingRun
 
 logger = logging.getLogger("sparse_forcing.nodes")
@@ -34,7 +34,8 @@ class StreamSampler(comfy.samplers.KSAMPLER):
     `first_steps` > 0 gives the first generated chunk that many steps of the shift-5 schedule. on_open(run, base model,
     x) is called before the first pass, and may restore a session into the run. With `clean_last` the last chunk enters
     the memory, too, so that a later run can go on from there. `rereads`: recent frames may run again, as where the
-    prompt changes.
+    prompt changes. finished(start, stop) gives finished latent frames in the model's scale, from which the memory is
+    written anew if the fast pass fails in a clean pass; without `on_chunk` the sampler has them itself.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class StreamSampler(comfy.samplers.KSAMPLER):
         on_open: Callable[[SamplingRun, Any, Tensor], None] | None = None,
         clean_last: bool = False,
         rereads: bool = False,
+        finished: Finished | None = None,
     ):
         super().__init__(sample_stream)
+        self.finished = finished
         self.on_open, self.clean_last = on_open, clean_last
         self.chunk_frames, self.total_frames, self.on_chunk = chunk_frames, total_frames, on_chunk
         self.reserve_bytes, self.first_steps, self.rereads = reserve_bytes, first_steps, rereads
@@ -125,32 +128,45 @@ def sample_stream(
     schedule = sampler.schedule(sigmas, options)
     base = model.inner_model.inner_model
     s_in = x.new_ones([x.shape[0]])
+    keep_on_device(getattr(model.inner_model, "conds", {}), x.device)
     with _open(sampler, base.diffusion_model, extra_args["model_options"], tuple(x.shape)) as run:
 
-        def denoise(latent: Tensor, sigma: float) -> Tensor:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            run.begin_pass()
+        def evaluate(latent: Tensor, sigma: float) -> Tensor:
             return model(latent, sigma * s_in, **extra_args)
 
+        denoise = recovering(run, evaluate, x.device)
+        run.finished = sampler.finished
         if sampler.on_open is not None:
             sampler.on_open(run, base, x)
-        start, resumed = _start_frames(base, options, x), run.frame > 0
-        if start is not None and not resumed:
-            prefill(denoise, run, start, run.chunk_frames)
-        given = 0 if start is None else start.shape[2]
-        chunks = _chunks(denoise, run, schedule, x, given, extra_args.get("seed") or 0, sampler, report)
+        start, resumed, made = _start_frames(base, options, x), run.frame > 0, []
+        if start is not None:
+            run.given = start.shape[2]
+            if not resumed:
+                run.finished = lambda first, stop: start[:, :, first:stop]
+                prefill(denoise, run, start, run.chunk_frames)
+        run.finished = sampler.finished or _frames_of(made, sampler)
+        chunks = _chunks(denoise, run, schedule, x, run.given, extra_args.get("seed") or 0, sampler, report)
         if start is not None and not resumed:
             chunks = chain([Chunk(-1, 0, start, 0.0)], chunks)
         if sampler.on_chunk is not None:
             for chunk in chunks:
                 sampler.on_chunk(chunk)
             return x
-        video = torch.cat([chunk.latent for chunk in chunks], dim=2)
+        for chunk in chunks:
+            made.append(chunk.latent)
+        video = torch.cat(made, dim=2)
     if report is not None:
         report(
             0, video, video, 1
         )  # the host keeps the last x0 as "denoised output": the whole video, not a chunk
     return video
+
+
+def _frames_of(made: list[Tensor], sampler: StreamSampler) -> Finished | None:
+    """The frames of the chunks `made`; None where they are handed on instead of kept."""
+    if sampler.on_chunk is not None:
+        return None
+    return lambda start, stop: torch.cat(made, dim=2)[:, :, start:stop]
 
 
 def _schedule(sigmas: Tensor) -> tuple[float, ...]:
