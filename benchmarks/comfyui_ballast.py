@@ -47,7 +47,11 @@ class Ballast:
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         assert self.process.stdout is not None
-        line = await asyncio.wait_for(self.process.stdout.readline(), START_S)
+        try:
+            line = await asyncio.wait_for(self.process.stdout.readline(), START_S)
+        except asyncio.TimeoutError:
+            self.process.kill()
+            raise RuntimeError(f"no ballast: the process held nothing after {START_S:.0f} s") from None
         if not line:
             said = (await self.process.communicate())[1].decode(errors="replace").strip().splitlines()
             raise RuntimeError(f"no ballast: {said[-1] if said else 'the process ended'}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 WORLD, WORLD_CLIP, WORLD_VAE = "world", 1, 2
@@ -12,14 +10,6 @@ STREAM, SAMPLE, ESTIMATE = "stream", "sample", "estimate"
 PROMPT = "a large red circle bouncing and a small white star standing still over a navy plain background. "
 CHUNK_FRAMES = 3  # latent frames
 FPS = 16
-WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows" / "api"
-# Loader -> (input, what replaces a file that the server lacks).
-LOADERS = {
-    "UNETLoader": "unet_name",
-    "VAELoader": "vae_name",
-    "CLIPLoader": "clip_name",
-    "LoraLoaderModelOnly": "lora_name",
-}
 
 Graph = dict[str, dict[str, Any]]
 
@@ -111,63 +101,3 @@ class Graphs:
             seconds=seconds, chunk_frames=CHUNK_FRAMES, steps=4, cfg=1.0, batch=1, budget_gb=0.0, measure=False,
         )  # fmt: skip
         return graph
-
-
-@dataclass(frozen=True)
-class Workflow:
-    """A workflow of workflows/api/ and what had to be replaced in it to run on this server."""
-
-    name: str
-    graph: Graph
-    replaced: list[str]
-
-    def seeded(self, seed: int, small: dict[str, Any]) -> Graph:
-        """A copy that ComfyUI's cache does not answer for; `small`: inputs that replace existing ones."""
-        graph = json.loads(json.dumps(self.graph))
-        longer = 0.0
-        for one in graph.values():
-            inputs = one["inputs"]
-            inputs |= {key: seed for key in ("seed", "noise_seed") if key in inputs}
-            inputs |= {key: value for key, value in small.items() if key in inputs}
-            if small and one["class_type"] == "SparseForcingStreamVideo":
-                inputs["seconds"] += longer  # a continued video is longer than the one before it
-                longer += 1.0
-            if one["class_type"] == "SparseForcingBenchmark":
-                inputs["chunks"] += seed % 3
-        return graph
-
-
-def read_workflows(listed: dict[str, list[str]], fallback: dict[str, str]) -> list[Workflow]:
-    """Every API workflow of the pack.
-
-    listed: loader node -> files that the server has. fallback: loader -> file instead; a text encoder is replaced by
-    the world model's, and a LoRA loader without a file is left out.
-    """
-    found = []
-    for path in sorted(WORKFLOWS.glob("*.json")):
-        graph, replaced = json.loads(path.read_text(encoding="utf-8")), []
-        for key, one in list(graph.items()):
-            kind, name = one["class_type"], LOADERS.get(one["class_type"])
-            if name is None or one["inputs"][name] in listed.get(kind, []):
-                continue
-            instead = fallback.get(kind, "")
-            replaced.append(f"{one['inputs'][name]} -> {instead or 'none'}")
-            if kind == "CLIPLoader":
-                graph[key] = node("SparseForcingWorldModel")
-                relink(graph, [key, 0], [key, WORLD_CLIP])
-            elif instead == WORLD:
-                graph[key] = node("SparseForcingWorldModel")
-                relink(graph, [key, 0], [key, WORLD_VAE])
-            elif instead:
-                one["inputs"][name] = instead
-            elif kind == "LoraLoaderModelOnly":
-                relink(graph, [key, 0], one["inputs"]["model"])
-                del graph[key]
-        found.append(Workflow(path.stem, graph, replaced))
-    return found
-
-
-def relink(graph: Graph, old: list, new: list) -> None:
-    """Make every input that reads `old` read `new`."""
-    for one in graph.values():
-        one["inputs"] = {key: new if value == old else value for key, value in one["inputs"].items()}

@@ -15,10 +15,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from comfyui_ballast import GB, Ballast
+from comfyui_ballast import Ballast
 from comfyui_client import Client, Run, ServerGone, connect
-from comfyui_graphs import CHUNK_FRAMES, FPS, LOADERS, SAMPLE, WORLD, Graphs, read_workflows
-from comfyui_results import estimated_gb, log_errors, merged, of_stream, plot, summary_of, where_it_ran
+from comfyui_graphs import CHUNK_FRAMES, FPS, SAMPLE, Graphs
+from comfyui_results import estimated_gb, merged, of_stream, plot, summary_of, where_it_ran
+from comfyui_workflows import LOADERS, run_workflows
 
 Record = dict[str, Any]
 CORE = "core"
@@ -33,7 +34,6 @@ SMALL_CARD = {"offload_pages": True, "page_bits": "8"}
 WARM_S, LONG_S = 5.0, 20.0  # seconds of video
 SHORT_FRAMES, LONG_FRAMES = 21, 63  # latent frames of a sampler's runs
 FREE_GB, FREE_GB_14B = (24, 16, 12, 8), (24, 16)
-LEAK_BYTES = 512 * 2**20  # what a second round of the same workflows may leave behind
 
 
 async def measure(args: argparse.Namespace, command: str, host: str) -> int:
@@ -95,7 +95,7 @@ class Jobs:
             "stream_wan": lambda: self.stream("stream_wan", {}, seconds=LONG_S / 2, tiny=False),
             "stream_fp8_checkpoint": lambda: self.stream_file("stream_fp8_checkpoint", self.args.fp8),
             "stream_gguf": lambda: self.stream_file("stream_gguf", self.args.gguf),
-            "workflows": self.workflows,
+            "workflows": lambda: run_workflows(self),
         }
         if big := self.args.model_14b:
             always["stream_14b"] = lambda: self.stream("stream_14b", {}, big, seconds=8.0)
@@ -141,7 +141,8 @@ class Jobs:
 
     async def _long_sampler(self, short: list[float]) -> None:
         """63 latent frames sparse: what they take longer than 21 is the steady state, free of start and end."""
-        run = await self._sample(LONG_FRAMES, MODES["sparse"])
+        for _ in range(2):  # the first warms up
+            run = await self._sample(LONG_FRAMES, MODES["sparse"])
         if run.error or not short:
             self.add("sparse_15s", error=run.error or "the short sparse run failed")
             return
@@ -150,7 +151,7 @@ class Jobs:
         self.add("sparse_15s", chunk_s=chunk_s, fps=4 * CHUNK_FRAMES / chunk_s, node_s=run.node_s(SAMPLE))
 
     async def _sample(self, frames: int, apply: dict[str, Any] | None) -> Run:
-        graph = self.graphs.sampler(self.args.model, self._frames(frames), self._next_seed(), apply)
+        graph = self.graphs.sampler(self.args.model, self._frames(frames), self.next_seed(), apply)
         return await self.client.run(graph)
 
     @staticmethod
@@ -205,7 +206,7 @@ class Jobs:
     ) -> Run:
         seconds = max(4 * CHUNK_FRAMES * 4 / FPS, seconds * self.args.time)  # four chunks at least
         return await self.client.run(
-            self.graphs.stream(model, seconds, self._next_seed(), apply, tiny, **more)
+            self.graphs.stream(model, seconds, self.next_seed(), apply, tiny, **more)
         )
 
     async def first_run(self) -> None:
@@ -213,63 +214,28 @@ class Jobs:
         run = await self._stream(self.args.model, WARM_S, {})
         self.add("first_run", **of_stream(run), total_s=run.total_s, texts=run.texts[:20])
 
-    async def workflows(self) -> None:
-        """Each workflow twice, cancelled in mid-run, and again."""
-        for kind in LOADERS:
-            self.listed.setdefault(kind, [])
-        fallback = {"UNETLoader": self.args.model, "VAELoader": self.args.vae, "CLIPLoader": WORLD}
-        fallback["LoraLoaderModelOnly"] = next(
-            (n for n in self.listed["LoraLoaderModelOnly"] if "random" in n), ""
-        )
-        start = self.args.log.stat().st_size if self.args.log else 0
-        found = read_workflows(self.listed, fallback)
-        await self.client.free()
-        before = await self._free_bytes()
-        after = []
-        for turn in range(2):
-            for workflow in found:
-                await self._workflow(workflow, cancel=bool(turn))
-            await self.client.free()
-            after.append(await self._free_bytes())
-        lost = after[0] - after[1]
-        problems = log_errors(self.args.log, start) if self.args.log else []
-        if lost > LEAK_BYTES:
-            problems.append(f"the second round left {lost / GB:.2f} GB less free than the first")
-        self.add(
-            "workflows", error="; ".join(problems) or None, free_before_gb=before / GB, lost_gb=lost / GB,
-            free_after_gb=[free / GB for free in after],
-        )  # fmt: skip
-
-    async def _workflow(self, workflow: Any, cancel: bool) -> None:
-        """First turn: twice; second turn: cancelled at its second chunk or sixth pass, and once more."""
-        small: dict[str, Any] = {}
-        if self.args.time < 1:
-            small = {"width": self.graphs.width, "height": self.graphs.height, "seconds": 1.0, "length": 21}
-        for attempt in ("cancelled", "after a cancel") if cancel else ("first", "second"):
-            stops = (
-                (lambda run: len(run.chunks) >= 2 or len(run.ticks) >= 6) if attempt == "cancelled" else None
-            )
-            run = await self.client.run(workflow.seeded(self._next_seed(), small), stops)
-            error = run.error
-            self.add(
-                f"workflow {workflow.name}, {attempt}", error=error, total_s=run.total_s, outcome=run.outcome,
-                replaced=workflow.replaced,
-            )  # fmt: skip
-
     async def ballast(self, name: str, model: str, levels: tuple[int, ...], apply: dict[str, Any]) -> None:
         """Streams with so much memory free, its peak, and what Estimate says of it."""
-        seconds = WARM_S * 2 * self.args.time
         for level in levels:
-            await self.client.free()
-            said = await self.client.run(self.graphs.estimate(model, seconds, apply))
-            await self.client.free()
-            async with Ballast(level) as ballast:
-                run = await self._stream(model, WARM_S * 2, apply)
-            estimate = estimated_gb(said)
-            facts = of_stream(run) | {"free_gb": level, "peak_gb": ballast.peak_gb, "estimate_gb": estimate}
-            if estimate and ballast.peak_gb:
-                facts["estimate_over_peak"] = estimate / ballast.peak_gb
-            self.add(f"{name}_{level}gb", **facts)
+            try:
+                self.add(
+                    f"{name}_{level}gb", free_gb=level, **await self._on_a_small_card(level, model, apply)
+                )
+            except (RuntimeError, OSError) as error:
+                if isinstance(error, ServerGone):
+                    raise
+                self.add(f"{name}_{level}gb", error=str(error))
+
+    async def _on_a_small_card(self, free_gb: int, model: str, apply: dict[str, Any]) -> dict[str, Any]:
+        seconds = self._seconds(2 * WARM_S)
+        said = await self.client.run(self.graphs.estimate(model, seconds, apply))
+        await self.client.free()
+        async with Ballast(free_gb) as ballast:
+            run = await self._stream(model, 2 * WARM_S, apply)
+        facts = of_stream(run) | {"peak_gb": ballast.peak_gb, "estimate_gb": estimated_gb(said)}
+        if facts["estimate_gb"] and ballast.peak_gb:
+            facts["estimate_over_peak"] = facts["estimate_gb"] / ballast.peak_gb
+        return facts
 
     # --- helpers ---
 
@@ -280,17 +246,21 @@ class Jobs:
         said = {key: round(value, 4) if isinstance(value, float) else value for key, value in record.items()}
         print(json.dumps({key: value for key, value in said.items() if value not in (None, [])}), flush=True)
 
+    def _seconds(self, seconds: float) -> float:
+        """Seconds of video: four chunks at least."""
+        return max(4 * CHUNK_FRAMES * 4 / FPS, seconds * self.args.time)
+
     def _frames(self, frames: int) -> int:
         """Whole chunks, two at least."""
         chunks = max(2 if frames == SHORT_FRAMES else 4, round(frames * self.args.time / CHUNK_FRAMES))
         return chunks * CHUNK_FRAMES
 
-    def _next_seed(self) -> int:
+    def next_seed(self) -> int:
         """A new seed every time, so that ComfyUI's cache answers nothing."""
         self.seed += 1
         return self.seed
 
-    async def _free_bytes(self) -> int:
+    async def free_bytes(self) -> int:
         return (await self.client.get("/system_stats"))["devices"][0]["vram_free"]
 
     async def _files(self) -> dict[str, list[str]]:

@@ -15,7 +15,10 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 FOLDER, PAGE = DOCS / "results", DOCS / "results.md"
 HEAD = """# Results
 
-Written by `benchmarks/results.py` from the JSON files in `docs/results`; do not edit.
+Written by `benchmarks/results.py` from the JSON files in `docs/results`; do not edit. Figures in bold miss their goal.
+`python benchmarks/comfyui.py --help` says how a running ComfyUI is timed: its own `main.py`, graphs queued over HTTP,
+times taken at a websocket client, random weights of published shapes, 832x480, 4 steps and a clean pass per chunk of 3
+latent frames (12 video frames).
 """
 
 
