@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import comfy.model_management
-
-from ..kernels import preferred_block_tokens
 from ..sparse_attn.config import AttentionConfig, positions_in
 from ..sparse_attn.fast_weights import SHORTCUTS
 from .hooks import patch_model
 from .host import io
+from .session import default_block_tokens
 
 
 class SparseForcingApply(io.ComfyNode):
@@ -111,9 +109,9 @@ class SparseForcingApply(io.ComfyNode):
                     step=16,
                     advanced=True,
                     tooltip=(
-                        "Tokens per memory block; 16, 32, 64 and 128 have fast kernels. 0: what runs fastest on this "
-                        "GPU: 128 on Hopper (H100, H200), 64 elsewhere. Smaller blocks choose more finely. Set a "
-                        "number where the same seed has to give the same video on different GPUs."
+                        "Tokens per memory block; 16, 32, 64 and 128 have fast kernels. 0: what the loaded model was "
+                        "trained with (Load World Model: 64), else what is fastest on this GPU: 128 on Hopper (H100, "
+                        "H200), 64 elsewhere. Set a number where different GPUs have to make the same video."
                     ),
                 ),
                 io.Combo.Input(
@@ -235,7 +233,7 @@ class SparseForcingApply(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         if settings.get("block_tokens") == 0:
-            settings["block_tokens"] = preferred_block_tokens(comfy.model_management.get_torch_device())
+            settings["block_tokens"] = default_block_tokens(model)
         attention = AttentionConfig(**settings, page_bits=8 if page_bits == "8" else 16)
         attention = replace(attention, positions=positions_in(attention.mode, attention.positions))
         if shortcuts != "none" and not fast_pass:

@@ -12,10 +12,12 @@ from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from ..kernels import preferred_block_tokens
 from ..sparse_attn.config import AttentionConfig
 from ..sparse_attn.frame_cache import RECENT_FRAMES
 from ..sparse_attn.memory import PagedKV
@@ -38,7 +40,19 @@ PATCH_TOKENS = 2  # latent values a token spans, in height and in width
 def attention_of(model: Any) -> AttentionConfig:
     """The memory that a MODEL was patched with, else the one that its loader proposes, else the default."""
     options = model.model_options["transformer_options"]
-    return options.get(ATTENTION) or options.get(PROPOSED) or AttentionConfig()
+    return (
+        options.get(ATTENTION)
+        or options.get(PROPOSED)
+        or AttentionConfig(block_tokens=default_block_tokens(model))
+    )
+
+
+def default_block_tokens(model: Any) -> int:
+    """Return the block size that a MODEL's loader proposes, else the one that is fastest on this device."""
+    proposed = model.model_options["transformer_options"].get(PROPOSED)
+    if proposed is not None:
+        return proposed.block_tokens
+    return preferred_block_tokens(comfy.model_management.get_torch_device())
 
 
 class SamplingRun:

@@ -9,6 +9,7 @@ all of them are kept for good.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,12 +71,14 @@ def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Re
                 result = run()
             made.tensors.clear()
     except BaseException:
-        _never_freed.append((graph, made.tensors))
+        _keep_for_good([graph, *made.tensors])
         raise
     return graph.replay, result
 
 
-_never_freed: list[Any] = []  # of captures that failed
+def _keep_for_good(objects: list[Any]) -> None:
+    """Take a reference that nothing gives back, not even the interpreter's end."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(objects))
 
 
 class _Made(TorchDispatchMode):
