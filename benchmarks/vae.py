@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 PACK = load_pack().__name__
 WanVAE = import_module(f"{PACK}.sparse_attn.vae").WanVAE
 fast_vae = import_module(f"{PACK}.sparse_attn.fast_vae")
+conv = import_module(f"{PACK}.kernels.fused.triton.conv")
 norm_to_window = import_module(f"{PACK}.kernels.fused").norm_to_window
 
 HEIGHT, WIDTH, CHUNK = 60, 104, 3  # latents of 480x832
@@ -146,7 +148,16 @@ def variants(vae: torch.nn.Module, dtype: torch.dtype) -> dict[str, Callable]:
         for upsampler in fast_vae.UPSAMPLERS:
             label = f"fast, {upsampler}, {at_once} at once"
             found[f"{label}, cudnn"] = maker(fast_vae.convolve, at_once=at_once, upsampler=upsampler)
+        found[f"fast, merged, {at_once} at once, gluon"] = maker(gluon_or_cudnn, at_once=at_once)
     return found
+
+
+def gluon_or_cudnn(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`conv_frames` where its tiles divide the channels."""
+    if conv.plan_for(out.shape[0], weight.shape[1], weight.shape[0]):
+        conv.conv_frames(x, weight, out)
+    else:
+        fast_vae.convolve(x, weight, out)
 
 
 def decoders(dtype: torch.dtype) -> dict:
@@ -247,11 +258,23 @@ def convolution(case: tuple, dtype: torch.dtype) -> dict:
     x = torch.randn(frames + past, height, width, cin, device="cuda", dtype=dtype)
     out = torch.empty(frames, height + even, width + even, cout, device="cuda", dtype=dtype)
     flop = 2 * weight.numel() * frames * out.shape[1] * out.shape[2]
+    fast_vae.convolve(x, weight, out)
+    expected = out.float()
 
     def timed(run: Callable) -> Callable:
         def result() -> dict:
+            out.zero_()
+            found = run()
+            found = (
+                out if found is None else found.movedim(-4 if found.dim() == 5 else 1, -1).reshape(out.shape)
+            ).float() - expected
+            error = (found.square().mean() / expected.square().mean()).sqrt().item()
             ms = median_ms(run, repeats=5, warm=2)
-            return {"ms": round(ms, 4), "TFLOP/s": round(flop / ms / 1e9)}
+            return {
+                "ms": round(ms, 4),
+                "TFLOP/s": round(flop / ms / 1e9),
+                "unlike cudnn": float(f"{error:.1e}"),
+            }
 
         return result
 
@@ -265,17 +288,33 @@ def alternatives(x: Tensor, weight: Tensor, out: Tensor) -> dict[str, Callable]:
     """Ways to convolve x [T, H, W, I] into out [T', H', W', O]."""
     side = weight.shape[-1] // 2
     found: dict[str, Callable] = {"cudnn": lambda: fast_vae.convolve(x, weight, out)}
+    for plan in plans(out.shape[0], weight):
+        label = f"gluon {plan.frames}x{plan.pixels}x({plan.channels}+{plan.more}) {plan.step} {plan.stages}"
+        found[label] = lambda plan=plan: conv.conv_frames(x, weight, out, plan)
     if weight.dim() == 5:
         source = fast_vae._channels_first(x[None])
         padding = (0, side, side)
         found["cudnn, its heuristic"] = lambda: F.conv3d(source, weight, padding=padding)
-        first = source.contiguous()
-        plain = weight.contiguous()
-        found["cudnn, channels first"] = lambda: F.conv3d(first, plain, padding=padding)
         if weight.shape[2] == 3 and weight.shape[-1] == 3:
             wide, flat = frames_as_channels(x, weight)
             found["conv2d of 3 frames' channels"] = lambda: fast_vae.convolve(wide, flat, out)
     return found
+
+
+def plans(frames: int, weight: Tensor) -> list:
+    """Tiles of `conv_frames` worth a try for these weights."""
+    cout, cin = weight.shape[:2]
+    best = conv.plan_for(frames, cin, cout)
+    if best is None:
+        return []
+    found = [best, replace(best, frames=1), replace(best, stages=best.stages - 1)]
+    if cin % 64 == 0:
+        found += [replace(best, frames=1, step=64, stages=2)]
+    if cout % 192 == 0:
+        found += [replace(best, channels=128, more=64, stages=3), replace(best, channels=64, more=0)]
+    if cout % 256 == 0:
+        found += [replace(best, frames=1, channels=256, stages=3)]
+    return list(dict.fromkeys(found))
 
 
 def frames_as_channels(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
