@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..sparse_attn.session import (
     fingerprint,
     restore_memory,
     save_session,
+    sign_bytes,
 )
 from ..sparse_attn.session_files import LatentFile
 from .host import inference_dtype, io
@@ -32,9 +33,17 @@ logger = logging.getLogger("sparse_forcing.nodes")
 
 SESSION = io.Custom("SPARSE_FORCING_SESSION")
 
-MODEL_MARKS = ("patch_embedding.bias", "blocks.0.modulation", "head.modulation")
-VAE_MARKS = ("conv2.bias", "decoder.conv1.bias", "decoder.head.0.gamma")
-TINY_VAE_MARKS = ("decoder.1.bias", "decoder.3.conv.0.bias", "decoder.22.bias")
+# Parameters whose signs tell models apart; a matrix among them, as biases of two finetunes may have equal signs.
+MODEL_MARKS = (
+    "patch_embedding.weight",
+    "blocks.0.modulation",
+    "blocks.0.self_attn.q.weight",
+    "head.modulation",
+    "head.head.weight",
+)
+VAE_MARKS = ("conv2.weight", "decoder.conv1.weight", "decoder.head.2.weight")
+TINY_VAE_MARKS = ("decoder.1.weight", "decoder.3.conv.0.weight", "decoder.22.weight")
+PATCH_VALUES = 256  # of each tensor of a LoRA that count
 
 
 def in_output(name: str) -> Path:
@@ -75,14 +84,48 @@ def identity_of(
     """What two runs must share for one to continue the other. The memory's own settings are in its snapshots."""
     network = model.get_model_object("diffusion_model")
     return {
-        "model": fingerprint(network, MODEL_MARKS),
-        "vae": fingerprint(vae.first_stage_model, TINY_VAE_MARKS if is_tiny(vae) else VAE_MARKS),
+        "model": fingerprint(network, MODEL_MARKS, _originals(model), _patches_key(model)),
+        "vae": fingerprint(
+            vae.first_stage_model,
+            TINY_VAE_MARKS if is_tiny(vae) else VAE_MARKS,
+            _originals(vae.patcher),
+            _patches_key(vae.patcher),
+        ),
         "width": shape[4] * 8,
         "height": shape[3] * 8,
         "chunk_frames": chunk_frames,
         "start image frames": given,
         **settings,
     }
+
+
+def _originals(patcher: Any) -> dict[str, Tensor]:
+    """The parameters that the host has patched or cast in place, as they were before, by their name in the network."""
+    prefix = "diffusion_model."
+    return {key.removeprefix(prefix): kept.weight for key, kept in patcher.backup.items()}
+
+
+def _patches_key(patcher: Any) -> str:
+    """Tells a model's LoRAs apart, the same in every process: by their keys, strengths, shapes and signs."""
+    digest = hashlib.sha256()
+    for key in sorted(patcher.patches, key=str):
+        for strength, values, strength_model, offset, _function in patcher.patches[key]:
+            digest.update(f"{key}{strength}{strength_model}{offset}".encode())
+            for value in _leaves(values):
+                sample = isinstance(value, Tensor)
+                digest.update(f"{list(value.shape)}".encode() if sample else f"{value}".encode())
+                digest.update(sign_bytes(value.flatten()[:PATCH_VALUES]) if sample else b"")
+    return digest.hexdigest() if patcher.patches else ""
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """Tensors and numbers of a patch: the host's adapters, and tuples in tuples."""
+    values = getattr(values, "weights", values)
+    if isinstance(values, tuple | list):
+        for value in values:
+            yield from _leaves(value)
+    elif values is None or isinstance(values, Tensor | str | int | float | bool):
+        yield values
 
 
 def check_session(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,14 +85,31 @@ class Session:
             )
 
 
-def fingerprint(module: nn.Module, names: tuple[str, ...]) -> str:
-    """Tells models apart without reading them: a hash of a few small weights, by their place in `module`."""
-    digest = hashlib.sha256()
+def fingerprint(
+    module: nn.Module, names: Sequence[str], originals: Mapping[str, Tensor] | None = None, salt: str = ""
+) -> str:
+    """Tell models apart by a hash of the shapes and signs of the parameters `names`.
+
+    Signs survive what a host does to weights: moves and casts to any float dtype (a negative value that underflows
+    becomes -0). originals: parameters as they were before somebody patched them in place. salt: hashed as well.
+    """
+    digest = hashlib.sha256(salt.encode())
     for name in names:
-        weight = module.get_parameter(name).detach()
+        weight = (originals or {}).get(name)
+        weight = (module.get_parameter(name) if weight is None else weight).detach()
         digest.update(f"{name}{list(weight.shape)}".encode())
-        digest.update(weight.float().cpu().contiguous().numpy().tobytes())
+        digest.update(sign_bytes(weight))
     return digest.hexdigest()[:16]
+
+
+def sign_bytes(values: Tensor) -> bytes:
+    """Signs of a tensor of any float dtype, quantised or not; of packed integers, which have none, the bytes."""
+    if type(values).dequantize is not Tensor.dequantize:  # a host's own 8 or 4 bits
+        values = values.dequantize()
+    values = values.to("cpu")
+    if values.is_floating_point():
+        values = torch.signbit(values.float())
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 # --- memory and decoder ---------------------------------------------------------------------------------------------

@@ -513,6 +513,28 @@ def test_a_latent_that_is_not_the_sessions_is_refused(tmp_path):
             load_session(rewrite(path, target, {"latent": latent}))
 
 
+def test_fingerprint_of_weights_that_are_cast_and_moved():
+    names = ("patch_embedding.weight", "blocks.0.modulation")
+    dit = Run(MODES["sparse"]).dit
+    with torch.no_grad():
+        dit.blocks[0].modulation[0, 0, :2] = torch.tensor([-1e-9, 1e-9])  # which underflow
+    found = fingerprint(dit, names)
+    for dtype in (
+        torch.bfloat16,
+        torch.float8_e5m2,
+        torch.float32,
+        torch.float16,
+        torch.float64,
+        torch.float8_e4m3fn,
+    ):
+        assert fingerprint(dit.to(dtype), names) == found, dtype
+    before = dit.float().patch_embedding.weight.detach().clone()
+    dit.patch_embedding.weight.data = -before
+    assert fingerprint(dit, names) != found
+    assert fingerprint(dit, names, {"patch_embedding.weight": before}) == found
+    assert fingerprint(dit, names, {"patch_embedding.weight": before}, "a LoRA") != found
+
+
 def test_another_models_session_is_refused(saved):
     session = load_session(saved)
     said = r"made with chunk_frames 3 \(here 1\); seed None \(here 5\)\. Set this run alike"
@@ -521,7 +543,7 @@ def test_another_models_session_is_refused(saved):
     run = Run(MODES["sparse"])
     weights = run.dit.patch_embedding.bias.clone()
     assert fingerprint(run.dit, ("patch_embedding.bias",)) == session.identity["model"]
-    run.dit.patch_embedding.bias.data = weights + 1e-6
+    run.dit.patch_embedding.bias.data = -weights
     assert fingerprint(run.dit, ("patch_embedding.bias",)) != session.identity["model"]
     for attention, message in (
         (MODES["dense"], "does not fit this run"),
