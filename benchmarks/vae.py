@@ -39,15 +39,12 @@ CONVS = [
     ("384 at 1/8", 10, 1, 1, 384, 384, (3, 3, 3)),
     ("time_conv at 1/8", 1, 1, 1, 384, 768, (3, 1, 1)),
     ("merged upsampling to 1/4", 1, 2, 1, 384, 768, (2, 2)),
-    ("3x3 after nearest to 1/4", 1, 2, 2, 384, 192, (3, 3)),
     ("192 to 384 at 1/4", 1, 2, 2, 192, 384, (3, 3, 3)),
     ("384 at 1/4", 5, 2, 2, 384, 384, (3, 3, 3)),
     ("time_conv at 1/4", 1, 2, 2, 384, 768, (3, 1, 1)),
     ("merged upsampling to 1/2", 1, 4, 2, 384, 768, (2, 2)),
-    ("3x3 after nearest to 1/2", 1, 4, 4, 384, 192, (3, 3)),
     ("192 at 1/2", 6, 4, 4, 192, 192, (3, 3, 3)),
     ("merged upsampling to 1/1", 1, 4, 4, 192, 384, (2, 2)),
-    ("3x3 after nearest to 1/1", 1, 4, 8, 192, 96, (3, 3)),
     ("96 at 1/1", 6, 4, 8, 96, 96, (3, 3, 3)),
     ("head", 1, 4, 8, 96, 8, (3, 3, 3)),
 ]
@@ -143,13 +140,11 @@ def variants(vae: torch.nn.Module, dtype: torch.dtype) -> dict[str, Callable]:
 
         return make
 
-    found = {}
-    for at_once in (1, CHUNK):
-        for upsampler in fast_vae.UPSAMPLERS:
-            label = f"fast, {upsampler}, {at_once} at once"
-            found[f"{label}, cudnn"] = maker(fast_vae.convolve, at_once=at_once, upsampler=upsampler)
-        found[f"fast, merged, {at_once} at once, gluon"] = maker(gluon_or_cudnn, at_once=at_once)
-    return found
+    return {
+        "fast": maker(fast_vae.convolve, graphs=False),
+        "fast, graphs": maker(fast_vae.convolve),
+        "fast, gluon, graphs": maker(gluon_or_cudnn),
+    }
 
 
 def gluon_or_cudnn(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -161,7 +156,7 @@ def gluon_or_cudnn(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def decoders(dtype: torch.dtype) -> dict:
-    """ms per chunk of every way to decode; with graphs where they are captured."""
+    """ms per chunk of every way to decode."""
     vae, found = published(dtype), {}
     found["WanVAE"] = attempt(lambda: stream_ms(lambda: vae.stream_decoder().push, dtype), "WanVAE")
 
@@ -174,7 +169,6 @@ def decoders(dtype: torch.dtype) -> dict:
     for label, make in variants(vae, dtype).items():
         found[label] = attempt(lambda make=make: stream_ms(lambda: make().push, dtype), label)
         found[f"{label}, host"] = attempt(lambda make=make: host_ms(make(), dtype), f"{label}, host")
-        found[f"{label}, graph"] = attempt(lambda make=make: graph_ms(make(), dtype), f"{label}, graph")
     return found
 
 
@@ -195,19 +189,6 @@ def host_ms(decoder, dtype: torch.dtype) -> dict:
     enqueued = time.perf_counter() - start
     torch.cuda.synchronize()
     return {"ms": round(enqueued * 1e3, 2), "GB": round(decoder.nbytes / 1e9, 2)}
-
-
-def graph_ms(decoder, dtype: torch.dtype) -> float:
-    """Replays of one captured piece, as many as a chunk has."""
-    rows = noise(CHUNK, dtype)
-    for _ in range(3):
-        decoder.push(rows)
-    piece = rows[0].permute(1, 2, 3, 0)[: decoder.at_once].contiguous()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        decoder.decode_piece(piece)
-    replays = CHUNK // decoder.at_once
-    return round(median_ms(lambda: [graph.replay() for _ in range(replays)], repeats=5), 3)
 
 
 def errors(dtype: torch.dtype) -> dict:

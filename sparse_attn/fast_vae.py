@@ -6,12 +6,15 @@ reads a window [T + 2, H, W, C] that the kernel before it has written, the two p
 padded, concatenated or copied. Nearest upsampling and the 3x3 convolution after it are one 2x2 convolution with the
 sums of the weights that fall on one pixel.
 
-Every tensor that a kernel of ours reads or writes is a buffer of the decoder, made in the first pieces.
+Every tensor that a kernel of ours reads or writes is a buffer of the decoder, made before a graph is captured. From the
+third latent frame of a stream on, each frame is one replay of a CUDA graph.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +24,15 @@ from torch import Tensor, nn
 
 from ..kernels.fused import norm_to_window
 from ..kernels.workspace import Workspace
+from .graphs import new_pool, record
 from .vae import Decoder
+
+logger = logging.getLogger("sparse_forcing")
 
 WAITING = "waiting"  # in a snapshot: a latent frame that was pushed and not decoded
 HEAD_CHANNELS = 8  # of the last convolution: 3, and zeros, because tensor cores take multiples of 8
 DECODERS = ("Decoder", "Decoder3d")  # ours and ComfyUI's
-UPSAMPLERS = ("merged", "nearest")
+FRAMES = 4  # video frames of a latent frame
 
 
 def why_not(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -105,8 +111,8 @@ class FastDecoder:
     """Push raw latents, get the video frames that they complete; batch 1, no gradients.
 
     weights: `decoder_weights` of a VAE that `why_not` lets pass; copied where device, dtype or layout differ.
-    at_once: latent frames per piece. A later piece of one frame makes 4 video frames, whatever the chunk's size.
-    upsampler: "merged", one 2x2 convolution, or "nearest", as written in the VAE.
+    Latent frames are decoded one by one, which takes less memory and, on an H200, less time than three at once. Use it
+    on one CUDA stream: its buffers belong to the stream of the first push.
     """
 
     def __init__(
@@ -115,18 +121,14 @@ class FastDecoder:
         device: torch.device | str,
         dtype: torch.dtype,
         *,
-        at_once: int = 1,
-        upsampler: str = "merged",
+        graphs: bool = True,
         backend: str = "auto",
     ):
         if reason := _unlike_wan(weights):
             raise ValueError(f"These weights are not those of a Wan 2.1 decoder: {reason}.")
-        if upsampler not in UPSAMPLERS or at_once < 1:
-            raise ValueError(
-                f"upsampler must be one of {UPSAMPLERS} and at_once >= 1: {upsampler!r}, {at_once}"
-            )
         self.device, self.dtype = torch.device(device), dtype
-        self.at_once, self.upsampler, self.backend = at_once, upsampler, backend
+        self.graphs = graphs and self.device.type == "cuda"
+        self.backend = backend
         self.convolve = convolve
         self._work = Workspace()
         self._gammas: dict[str, Tensor] = {}
@@ -137,6 +139,8 @@ class FastDecoder:
             key=lambda name: int(name.rsplit(".", 1)[1]),
         )
         self._past: list[Tensor] = []
+        self._replay: Callable[[], None] | None = None
+        self._warm = False  # kernels and libraries have run a later frame
         self._seen = 0  # latent frames of this stream; 2 stands for more
         self._waiting: Tensor | None = None
 
@@ -148,12 +152,16 @@ class FastDecoder:
         latent = latent.to(self.device, self.dtype)
         if self._waiting is not None:
             latent, self._waiting = torch.cat([self._waiting, latent], dim=2), None
-        self._open(*latent.shape[3:])
-        rows = latent[0].permute(1, 2, 3, 0)
-        pieces = [rows[:1], *rows[1:].split(self.at_once)] if self._seen == 0 else rows.split(self.at_once)
-        frames = [self.decode_piece(piece).clone() for piece in pieces if len(piece)]
-        height, width = (8 * side for side in latent.shape[3:])
-        return torch.cat(frames, dim=2) if frames else latent.new_empty(1, 3, 0, height, width)
+        count, height, width = latent.shape[2:]
+        self._open(height, width)
+        total = FRAMES * count - (FRAMES - 1 if count and not self._seen else 0)
+        video = latent.new_empty(total, 8 * height, 8 * width, 3)
+        done = 0
+        for at in range(count):
+            frames = self._next(latent[0, :, at])
+            video[done : done + len(frames)] = frames
+            done += len(frames)
+        return video.permute(3, 0, 1, 2)[None]
 
     def reset(self) -> None:
         """Start a new stream."""
@@ -202,24 +210,40 @@ class FastDecoder:
 
     # --- one piece ----------------------------------------------------------------------------------------------
 
-    def decode_piece(self, latent: Tensor) -> Tensor:
-        """Raw latents [F, h, w, 16] -> frames [1, 3, n, 8h, 8w], a view of a buffer. A stream's first piece has F = 1.
+    def _next(self, latent: Tensor) -> Tensor:
+        """The frames [1 or 4, 8h, 8w, 3], in a buffer, of a stream's next latent frame [16, h, w]."""
+        self._latent.copy_(latent.permute(1, 2, 0)[None])
+        if self._seen and self._warm and self.graphs and self._replay is None:
+            self._capture()
+        if self._seen and self._replay is not None:
+            self._replay()
+        else:
+            self._decode()
+            self._warm |= self._seen > 0
+        self._seen = min(2, self._seen + 1)
+        return self._video if self._seen == 2 else self._video[:1]
 
-        The same kernels on the same buffers whenever F is the same, the first two pieces of a stream excepted.
-        """
-        value = self._stem(latent)
+    def _capture(self) -> None:
+        try:
+            self._replay, _ = record(self._decode, new_pool())
+        except Exception as error:  # whatever cannot be captured can still be run
+            self.graphs = False
+            logger.warning("The VAE decodes without CUDA graphs: %s: %s", type(error).__name__, error)
+
+    def _decode(self) -> None:
+        """Decode the latent frame in its buffer into the video's buffer; the same kernels for all but a first one."""
+        value = self._stem(self._latent)
         value = self._block("decoder.middle.0", value)
         value = self._attention("decoder.middle.1", value)
         value = self._block("decoder.middle.2", value)
         for name in self._layers:
             layer = self._block if f"{name}.residual.2" in self._convs else self._upsample
             value = layer(name, value)
-        self._seen = min(2, self._seen + len(latent))
         head = self._convs["decoder.head.2"]
         window = self._enter(value, head, "decoder.head.0")
         frames = self._empty("head", (*value.shape[:3], HEAD_CHANNELS))
         self.convolve(window, head.weight, frames)
-        return (frames[..., :3] + head.bias[:3]).permute(3, 0, 1, 2)[None]
+        torch.add(frames[..., :3], head.bias[:3], out=self._video[: len(frames)])
 
     def _stem(self, latent: Tensor) -> _Value:
         conv2 = self._convs["conv2"]
@@ -261,33 +285,24 @@ class FastDecoder:
         """Twice the height and width; twice the frames, too, where it has a time_conv, but for a stream's first."""
         time, space = self._convs.get(f"{name}.time_conv"), self._convs[f"{name}.resample.1"]
         if time is not None and self._seen:
-            x = self._double_time(x, time)
+            frames = self._double_time(x, time)
         else:
-            frames = self._empty("frames", x.shape)
+            assert x.residual is not None
+            frames = x.residual  # the sum takes its place
             self._norm(x, frames)
-            x = _Value(frames)
-        if self.upsampler == "nearest":
-            return self._apply(space, self._nearest(x.y))
-        frames, height, width, _ = x.shape
-        y = self._empty("y", (frames, height + 1, width + 1, space.weight.shape[0]))
-        self.convolve(x.y, space.weight, y)
+        count, height, width, _ = frames.shape
+        y = self._empty("y", (count, height + 1, width + 1, space.weight.shape[0]))
+        self.convolve(frames, space.weight, y)
         return _Value(y, space.bias, shuffled=True)
 
-    def _double_time(self, x: _Value, conv: _Conv) -> _Value:
+    def _double_time(self, x: _Value, conv: _Conv) -> Tensor:
         """The convolution gives two frames per frame side by side, which become neighbours in time."""
         frames, height, width, channels = x.shape
         y = self._apply(conv, self._enter(x, conv)).y.view(frames, height * width, 2, channels)
         doubled = self._empty("frames", (2 * frames, height, width, channels))
         out = doubled.view(frames, 2, height * width, channels)
         torch.add(y.transpose(1, 2), conv.bias.view(2, 1, channels), out=out)
-        return _Value(doubled)
-
-    def _nearest(self, x: Tensor) -> Tensor:
-        frames, height, width, channels = x.shape
-        window = self._empty("window", (frames, 2 * height, 2 * width, channels))
-        cells = window.view(frames, height, 2, width, 2, channels)
-        cells.copy_(x[:, :, None, :, None].expand_as(cells))
-        return window
+        return doubled
 
     def _enter(self, x: _Value, conv: _Conv, gamma: str | None = None, total: Tensor | None = None) -> Tensor:
         """The window that a causal convolution reads, of `x` after norm and SiLU (with gamma), and of its past."""
@@ -332,7 +347,7 @@ class FastDecoder:
                 weight, bias = F.pad(weight, (0, 0) * 4 + (0, extra)), F.pad(bias, (0, extra))
             if name.endswith("resample.1"):
                 scale *= 2
-                weight = merged_upsampling(weight) if self.upsampler == "merged" else weight
+                weight = merged_upsampling(weight)
             bias = bias.to(self.device, self.dtype)
             self._convs[name] = _Conv(self._in_layout(weight), bias, place if causal else None)
             place += causal
@@ -345,7 +360,7 @@ class FastDecoder:
         return weight.to(self.device, self.dtype).contiguous(memory_format=layout)
 
     def _open(self, height: int, width: int) -> None:
-        """Zeros for every past, at the first push."""
+        """Zeros for every past, and scratch, at the first push and for another size."""
         shapes = [(2, height * scale, width * scale, channels) for scale, channels in self._scales]
         if self._past and tuple(self._past[0].shape) == shapes[0]:
             return
@@ -355,6 +370,14 @@ class FastDecoder:
                 f"This stream has latents of {have}, these are {[height, width]}; call reset() first."
             )
         self._past = [torch.zeros(shape, device=self.device, dtype=self.dtype) for shape in shapes]
+        self._work, self._replay, self._warm = Workspace(), None, False
+        self._latent = self._empty("latent", (1, height, width, shapes[0][3]))
+        self._video = self._empty("video", (FRAMES, 8 * height, 8 * width, 3))
+        # The largest of each name first, or smaller ones would be kept beside it.
+        channels = shapes[-1][3]
+        self._empty("window", (FRAMES + 2, 8 * height, 8 * width, channels))
+        self._empty("y", (FRAMES, 4 * height + 1, 4 * width + 1, 4 * channels))
+        self._empty("x", (FRAMES, 8 * height, 8 * width, channels))
 
     def _empty(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._work.empty(name, tuple(shape), self.dtype, self.device)
@@ -396,10 +419,10 @@ def convolve(x: Tensor, weight: Tensor, out: Tensor) -> None:
     else:
         source, target, padding = _channels_first(x), _channels_first(out), (side, side)
     if x.is_cuda and torch.version.cuda:
-        ones, exact32 = (1,) * len(padding), torch.backends.cudnn.allow_tf32
-        # The operator under conv3d: it takes an output. The search for the fastest algorithm is remembered by shape.
+        ones, allow_tf32 = (1,) * len(padding), torch.backends.cudnn.allow_tf32
+        # The operator under conv3d, because it takes an output.
         torch.ops.aten.cudnn_convolution.out(
-            source, weight, padding, ones, ones, 1, True, False, exact32, out=target
+            source, weight, padding, ones, ones, 1, False, False, allow_tf32, out=target
         )
     else:
         run = F.conv3d if weight.dim() == 5 else F.conv2d

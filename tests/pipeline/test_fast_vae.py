@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sparse_forcing_pack.sparse_attn import fast_vae
 from sparse_forcing_pack.sparse_attn.fast_vae import FastDecoder, decoder_weights, why_not
 from sparse_forcing_pack.sparse_attn.vae import WanVAE
 from torch import nn
@@ -44,10 +45,9 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert torch.allclose(found, wanted, rtol=0, atol=2e-6)  # WanVAE's norms are float32
 
 
-@pytest.mark.parametrize(("at_once", "upsampler"), [(1, "merged"), (1, "nearest"), (3, "merged")])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
-def test_push_equals_offline(vae, offline, chunk, at_once, upsampler):
-    decoder = fast(vae, at_once=at_once, upsampler=upsampler)
+def test_push_equals_offline(vae, offline, chunk):
+    decoder = fast(vae)
     pieces = [decoder.push(piece) for piece in latents(6).split(chunk, dim=2)]
     assert pieces[0].shape[2] == 1 + 4 * (chunk - 1)
     assert_same(torch.cat(pieces, dim=2), offline)
@@ -70,8 +70,7 @@ def test_push_rounds_no_more_than_the_modules(vae, dtype):
         return (frames.double() - truth).square().mean().sqrt().item()
 
     modules = error(whole(rounded, raw))
-    for upsampler in ("merged", "nearest"):
-        assert error(fast(rounded, dtype, upsampler=upsampler).push(raw)) <= 1.2 * modules
+    assert error(fast(rounded, dtype).push(raw)) <= 1.2 * modules
 
 
 def test_reset_starts_a_new_stream(vae, offline):
@@ -170,5 +169,53 @@ def test_decoder_rejects_other_weights(vae):
     del weights["decoder.head.2.bias"]
     with pytest.raises(ValueError, match=r"decoder\.head\.2\.bias is missing"):
         FastDecoder(weights, CPU, torch.float32)
-    with pytest.raises(ValueError, match="upsampler must be one of"):
-        fast(vae, upsampler="bilinear")
+
+
+def test_later_frames_are_replays(vae, offline, monkeypatch):
+    """With a capture that only runs what it is given: the first later frame is run, every other one replayed."""
+    replays = []
+
+    def record(run, pool):
+        return lambda: (replays.append(1), run()), None
+
+    monkeypatch.setattr(fast_vae, "record", record)
+    monkeypatch.setattr(fast_vae, "new_pool", lambda: None)
+    decoder = fast(vae)
+    decoder.graphs = True
+    assert_same(decoder.push(latents(6)), offline)
+    assert len(replays) == 4
+    decoder.reset()
+    assert_same(decoder.push(latents(6)), offline)
+    assert len(replays) == 9
+
+
+def test_a_capture_that_fails_is_done_without(vae, offline, monkeypatch, caplog):
+    def record(run, pool):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(fast_vae, "record", record)
+    monkeypatch.setattr(fast_vae, "new_pool", lambda: None)
+    decoder = fast(vae)
+    decoder.graphs = True
+    assert_same(decoder.push(latents(6)), offline)
+    assert (
+        caplog.text.count("The VAE decodes without CUDA graphs: RuntimeError: operation not permitted") == 1
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_graphs_change_nothing(dtype):
+    torch.manual_seed(0)
+    vae = WanVAE(dim=16).eval().requires_grad_(False).to("cuda", dtype)
+    raw = latents(7, 10, 12).to("cuda", dtype)
+    plain, graphed = (
+        FastDecoder(decoder_weights(vae), "cuda", dtype, graphs=graphs) for graphs in (False, True)
+    )
+    for piece in raw.split(3, dim=2):
+        assert torch.equal(plain.push(piece), graphed.push(piece))
+    assert graphed.graphs and graphed._replay is not None
+    graphed.reset()
+    again = torch.cat([graphed.push(piece) for piece in raw.split(2, dim=2)], dim=2)
+    plain.reset()
+    assert torch.equal(again, plain.push(raw))
