@@ -270,7 +270,7 @@ class FastPass:
             self._kept_in_chunk = self._chunk
         if isinstance(self.memory.cache, PagedKV):
             self.memory.cache.shares = list(shares)
-        self.memory.wrote_all()
+        self.memory.wrote(range(self.memory.layers))
         return flow
 
     # what changes from chunk to chunk

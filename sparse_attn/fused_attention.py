@@ -82,6 +82,16 @@ class FusedAttention:
             return len(cache.slots) + len(cache.current)
         return self.memory.attention.topk_after(self.memory.frame)
 
+    def attend(self, layer: int, given: Projections, tables: tuple[Tensor, ...]) -> Tensor:
+        """`StreamState.attend` from a layer's projections: out [B, N, C]. Raises as it does."""
+        self.memory.check_pass([layer])
+        out, shares = self(layer, given, tables)
+        if isinstance(self.memory.cache, PagedKV):
+            self.memory.cache.shares[layer] = shares
+        self.memory.wrote([layer])
+        assert isinstance(out, Tensor)
+        return out
+
     def __call__(
         self,
         layer: int,

@@ -160,7 +160,7 @@ class StreamState:
             out = self._attend_sparse(self.cache, layer, q_stored, k, v)
         else:
             out = self._attend_dense(self.cache, layer, q_stored, k, v)
-        self._wrote([layer])
+        self.wrote([layer])
         return out.to(q.dtype)
 
     def end_chunk(self) -> None:
@@ -184,11 +184,8 @@ class StreamState:
                 "after the last."
             )
 
-    def wrote_all(self) -> None:
-        """Say that a pass wrote the open chunk's keys and values in every layer without `attend` (see `fast`)."""
-        self._wrote(range(self.layers))
-
-    def _wrote(self, layers: Iterable[int]) -> None:
+    def wrote(self, layers: Iterable[int]) -> None:
+        """Say that a pass wrote the open chunk's keys and values in these layers without `attend`."""
         (self._attended.update if self.stores else self._attended.difference_update)(layers)
         if self.stores and isinstance(self.cache, PagedKV) and self.cache.shared:
             self.cache.finished.update(layers)  # by a graph

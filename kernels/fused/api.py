@@ -10,11 +10,13 @@ of a block, G = B * H groups, S page slots of a group.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import expect
-from ..pbsa.constraints import backend_for
+from ..pbsa.constraints import serve
 from . import reference
 from .reference import Pages8, Rows8
 
@@ -58,13 +60,11 @@ def norm_rope_to_pages(
     expect("slots", slots, (groups, blocks), q.device)
     expect("pooled_k", pooled_k, (groups, k_pages.shape[1], *pooled_k.shape[2:-1], dim), q.device)
     if pooled_k.dim() > 4 or rows % reference.parts_of(pooled_k):
-        raise ValueError(f"pooled_k of shape {list(pooled_k.shape)} does not divide the {rows} rows of a block")
+        raise ValueError(
+            f"pooled_k of shape {list(pooled_k.shape)} does not divide the {rows} rows of a block"
+        )
     args = q, k, v, norm_q, norm_k, cos, sin, tokens, slots, k_pages, v_pages, pooled_k, eps
-    if _backend(backend, "norm_rope", q, dim, rows) == "triton":
-        from . import triton
-
-        return triton.norm_rope_to_pages(*args)
-    return reference.norm_rope_to_pages(*args)
+    return _serve("norm_rope_to_pages", args, backend, q, dim, rows)
 
 
 def norm_rope_to_frames(
@@ -94,11 +94,7 @@ def norm_rope_to_frames(
     expect("k_frames", k_frames, (q.shape[0], None, q.shape[1] // frames, heads, dim), q.device)
     expect("v_frames", v_frames, tuple(k_frames.shape), q.device)
     args = q, k, v, norm_q, norm_k, cos, sin, frame_slots, k_frames, v_frames, eps
-    if _backend(backend, "norm_rope", q, dim) == "triton":
-        from . import triton
-
-        return triton.norm_rope_to_frames(*args)
-    return reference.norm_rope_to_frames(*args)
+    return _serve("norm_rope_to_frames", args, backend, q, dim)
 
 
 def blocks_to_tokens(
@@ -112,12 +108,15 @@ def blocks_to_tokens(
     expect("tokens", tokens, tuple(blocks.shape[1:3]), blocks.device)
     if blocks.shape[0] % batch:
         raise ValueError(f"{blocks.shape[0]} groups do not belong to a batch of {batch}")
-    asked = "blocks_to_tokens", blocks, eight_bits, blocks.shape[3], blocks.shape[2]
-    if _backend8(backend, *asked) == "triton":
-        from . import triton
-
-        return triton.blocks_to_tokens(blocks, tokens, batch, count, eight_bits)
-    return reference.blocks_to_tokens(blocks, tokens, batch, count, eight_bits)
+    return _serve(
+        "blocks_to_tokens",
+        (blocks, tokens, batch, count, eight_bits),
+        backend,
+        blocks,
+        blocks.shape[3],
+        blocks.shape[2],
+        eight_bits=eight_bits,
+    )
 
 
 def pack_pages(
@@ -135,21 +134,22 @@ def pack_pages(
     """
     _check_pages(k_pages, v_pages, into, fewer=True)
     expect("slots", slots, (k_pages.shape[0], None), k_pages.device)
-    if _backend(backend, "pack_pages", k_pages, k_pages.shape[3], k_pages.shape[2]) == "triton":
-        from . import triton
-
-        return triton.pack_pages(k_pages, v_pages, slots, into, values)
-    return reference.pack_pages(k_pages, v_pages, slots, into, values)
+    return _serve(
+        "pack_pages",
+        (k_pages, v_pages, slots, into, values),
+        backend,
+        k_pages,
+        k_pages.shape[3],
+        k_pages.shape[2],
+    )
 
 
 def unpack_pages(packed: Pages8, k_pages: Tensor, v_pages: Tensor, *, backend: str = "auto") -> None:
     """Write all of a layer's pages from 8 bits into k_pages and v_pages [G, S, T, D]."""
     _check_pages(k_pages, v_pages, packed)
-    if _backend(backend, "unpack_pages", k_pages, k_pages.shape[3], k_pages.shape[2]) == "triton":
-        from . import triton
-
-        return triton.unpack_pages(packed, k_pages, v_pages)
-    return reference.unpack_pages(packed, k_pages, v_pages)
+    return _serve(
+        "unpack_pages", (packed, k_pages, v_pages), backend, k_pages, k_pages.shape[3], k_pages.shape[2]
+    )
 
 
 def put_pages(
@@ -171,11 +171,7 @@ def put_pages(
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         expect(name, pages, (groups, None, rows, dim), device, dtype)
     _check_strides(k_blocks=k_blocks, v_blocks=v_blocks, k_pages=k_pages, v_pages=v_pages)
-    if _backend(backend, "put_pages", k_blocks) == "triton":
-        from . import triton
-
-        return triton.put_pages(k_blocks, v_blocks, slots, k_pages, v_pages)
-    return reference.put_pages(k_blocks, v_blocks, slots, k_pages, v_pages)
+    return _serve("put_pages", (k_blocks, v_blocks, slots, k_pages, v_pages), backend, k_blocks)
 
 
 def update_table(
@@ -204,11 +200,7 @@ def update_table(
         )
     if score.shape[2] < persistent + evicted:
         raise ValueError(f"score has {score.shape[2]} columns for {persistent + evicted} candidates")
-    if _backend(backend, "update_table", score) == "triton":
-        from . import triton
-
-        return triton.update_table(table, score, capacity, persistent, evicted, pinned)
-    return reference.update_table(table, score, capacity, persistent, evicted, pinned)
+    return _serve("update_table", (table, score, capacity, persistent, evicted, pinned), backend, score)
 
 
 def rms_norm(
@@ -222,11 +214,7 @@ def rms_norm(
     """x [B, N, C] / sqrt(mean of squares + eps) * weight [C], in `dtype`, default x's."""
     expect("x", x, (None, None, None), x.device)
     expect("weight", weight, (x.shape[2],), x.device)
-    if _backend(backend, "row_norm", x) == "triton":
-        from . import triton
-
-        return triton.rms_norm(x, weight, eps, dtype)
-    return reference.rms_norm(x, weight, eps, dtype)
+    return _serve("rms_norm", (x, weight, eps, dtype), backend, x)
 
 
 def modulated_norm(
@@ -245,21 +233,15 @@ def modulated_norm(
     the norm as `quantise_rows` would give it, before it is rounded to x's dtype: rows [B, N, C], scale [B, N, 1].
     """
     _check_rows(x, scale=scale, shift=shift)
-    if _backend8(backend, "row_norm", x, eight_bits) == "triton":
-        from . import triton
-
-        return triton.residual_norm(x, None, None, scale, shift, plus_one, eps, eight_bits)[1]
-    return reference.modulated_norm(x, scale, shift, plus_one, eps, eight_bits)
+    return _serve(
+        "modulated_norm", (x, scale, shift, plus_one, eps, eight_bits), backend, x, eight_bits=eight_bits
+    )
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None, *, backend: str = "auto") -> Tensor:
     """x + gate * y: the residual stream x and a branch's output y [B, N, C], gate [B, F, C] or None for 1."""
     _check_rows(x, y=y, gate=gate)
-    if _backend(backend, "row_norm", x) == "triton":
-        from . import triton
-
-        return triton.residual_norm(x, y, gate, None, None, True, EPS)[0]
-    return reference.gated_residual(x, y, gate)
+    return _serve("gated_residual", (x, y, gate), backend, x)
 
 
 def gated_residual_norm(
@@ -276,12 +258,13 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor | Rows8]:
     """`gated_residual`, then `modulated_norm` of the sum for the next branch: (sum, norm), in one pass over memory."""
     _check_rows(x, y=y, gate=gate, scale=scale, shift=shift)
-    if _backend8(backend, "row_norm", x, eight_bits) == "triton":
-        from . import triton
-
-        return triton.residual_norm(x, y, gate, scale, shift, plus_one, eps, eight_bits)
-    x = reference.gated_residual(x, y, gate)
-    return x, reference.modulated_norm(x, scale, shift, plus_one, eps, eight_bits)
+    return _serve(
+        "gated_residual_norm",
+        (x, y, gate, scale, shift, plus_one, eps, eight_bits),
+        backend,
+        x,
+        eight_bits=eight_bits,
+    )
 
 
 def merge_attention(
@@ -293,11 +276,7 @@ def merge_attention(
     expect("out_b", out_b, tuple(out_a.shape), out_a.device)
     expect("lse_a", lse_a, tuple(out_a.shape[:3]), out_a.device)
     expect("lse_b", lse_b, tuple(out_a.shape[:3]), out_a.device)
-    if _backend(backend, "merge_attention", out_a, out_a.shape[3]) == "triton":
-        from . import triton
-
-        return triton.merge_attention(out_a, lse_a, out_b, lse_b)
-    return reference.merge_attention(out_a, lse_a, out_b, lse_b)
+    return _serve("merge_attention", (out_a, lse_a, out_b, lse_b), backend, out_a, out_a.shape[3])
 
 
 def distinct_rows(k: Tensor, v: Tensor) -> Tensor:
@@ -317,11 +296,7 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor, *, backe
     expect("k", k, (q.shape[0], None, *q.shape[2:]), q.device, q.dtype)
     expect("v", v, tuple(k.shape), q.device, q.dtype)
     expect("distinct", distinct, (q.shape[0],), q.device, torch.int32)
-    if _backend(backend, "prompt_attention", q, q.shape[3]) == "triton":
-        from . import triton
-
-        return triton.prompt_attention(q, k, v, distinct)
-    return reference.prompt_attention(q, k, v, distinct)
+    return _serve("prompt_attention", (q, k, v, distinct), backend, q, q.shape[3])
 
 
 def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> Rows8:
@@ -331,11 +306,7 @@ def quantise_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> Ro
     tensor is read once and written in 8 bits.
     """
     expect("x", x, (None, None), x.device)
-    if _backend8(backend, "quantise_rows", x) == "triton":
-        from . import triton
-
-        return triton.quantise_rows(x, gelu)
-    return reference.quantise_rows(x, gelu)
+    return _serve("quantise_rows", (x, gelu), backend, x, eight_bits=True)
 
 
 def norm_to_window(
@@ -365,7 +336,9 @@ def norm_to_window(
     height, width, channels = window.shape[1:]
     stored = (shape[0], height // 2 + 1, width // 2 + 1, 4 * channels) if shuffled else shape
     if shuffled and (height % 2 or width % 2):
-        raise ValueError(f"a window of {height}x{width} is not twice as high and wide as a 2x2 convolution's input")
+        raise ValueError(
+            f"a window of {height}x{width} is not twice as high and wide as a 2x2 convolution's input"
+        )
     expect("y", y, stored, window.device)
     for name, vector in (("bias", bias), ("gamma", gamma)):
         if vector is not None:
@@ -379,31 +352,35 @@ def norm_to_window(
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name} is not contiguous: its strides are {x.stride()}; use .contiguous()")
     args = y, window, bias, residual, gamma, total, past, silu, shuffled
-    if _backend(backend, "norm_to_window", y) == "triton":
-        from . import triton
-
-        return triton.norm_to_window(*args)
-    return reference.norm_to_window(*args)
+    return _serve("norm_to_window", args, backend, y)
 
 
-def _backend8(
+def _serve(
+    name: str,
+    args: tuple,
     backend: str,
-    operation: str,
     x: Tensor,
-    eight_bits: bool = True,
     dim: int | None = None,
     rows: int | None = None,
-) -> str:
-    """`_backend` of an operation that may write 8 bits, for which Triton has no floats on older devices."""
-    asked = eight_bits and backend == "auto" and x.is_cuda
-    if asked and torch.cuda.get_device_capability(x.device) < (8, 9):
+    eight_bits: bool = False,
+) -> Any:
+    """Call the operation, which both backends have under this name, by the one that may serve inputs like x.
+
+    eight_bits: it writes 8-bit floats, which Triton has not on older devices.
+    """
+    older = eight_bits and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9)
+    if older and backend == "auto":
         backend = "reference"
-    return _backend(backend, operation, x, dim, rows)
+    facts = x.device, x.dtype, dim, rows
+    return serve(
+        backend, name, facts, lambda: _by_triton(name, args), lambda: getattr(reference, name)(*args)
+    )
 
 
-def _backend(backend: str, operation: str, x: Tensor, dim: int | None = None, rows: int | None = None) -> str:
-    """PBSA's choice."""
-    return backend_for(backend, operation, x.device, x.dtype, dim, rows)
+def _by_triton(name: str, args: tuple) -> Any:
+    from . import triton
+
+    return getattr(triton, name)(*args)
 
 
 def _check_projections(q, k, v, norm_q, norm_k, cos, sin) -> tuple[int, int]:

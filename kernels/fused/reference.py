@@ -126,6 +126,21 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return (_wide(x) + wide).to(x.dtype)
 
 
+def gated_residual_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    plus_one: bool,
+    eps: float,
+    eight_bits: bool,
+) -> tuple[Tensor, Tensor | Rows8]:
+    """See `api.gated_residual_norm`."""
+    x = gated_residual(x, y, gate)
+    return x, modulated_norm(x, scale, shift, plus_one, eps, eight_bits)
+
+
 def modulated_norm(
     x: Tensor, scale: Tensor, shift: Tensor, plus_one: bool, eps: float, eight_bits: bool = False
 ) -> Tensor | Rows8:

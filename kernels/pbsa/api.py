@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import expect
 from . import reference
-from .constraints import backend_for
+from .constraints import serve
 from .reference import NO_GAP
 
 PADDINGS = ("none", "finite", "any")
@@ -81,17 +81,21 @@ def pbsa_attention(
     idx, cnt = lists
     if idx.shape[2] == 0:  # nobody reads anything; one padding entry keeps every backend free of the case
         idx = idx.new_zeros(*idx.shape[:2], 1)
-    match backend_for(backend, "attention", q.device, q.dtype, q.shape[3], q.shape[2]):
-        case "triton":
-            from . import triton
+    rest = page_len, idx, cnt
 
-            promises = padding, least_tokens
-            return triton.attention(q, k_pages, v_pages, page_len, idx, cnt, grad_pages, scale, *promises, *gap)
-        case _:
-            k_pages, v_pages = (reference.without_gap(x, gap) for x in (k_pages, v_pages))
-            if grad_pages is not None:
-                k_pages, v_pages = (reference.only_pages(x, grad_pages) for x in (k_pages, v_pages))
-            return reference.attention(q, k_pages, v_pages, page_len, idx, cnt, scale)
+    def by_triton() -> tuple[Tensor, Tensor]:
+        from . import triton
+
+        return triton.attention(q, k_pages, v_pages, *rest, grad_pages, scale, padding, least_tokens, *gap)
+
+    def by_reference() -> tuple[Tensor, Tensor]:
+        pages = (reference.without_gap(x, gap) for x in (k_pages, v_pages))
+        if grad_pages is not None:
+            pages = (reference.only_pages(x, grad_pages) for x in pages)
+        return reference.attention(q, *pages, *rest, scale)
+
+    facts = q.device, q.dtype, q.shape[3], q.shape[2]
+    return serve(backend, "attention", facts, by_triton, by_reference)
 
 
 def attention_mass(
@@ -196,11 +200,19 @@ def route_parts(
 
 def _serve(operation: str, backend: str, facts: tuple, *inputs: Any) -> Any:
     """The operation, which both backends have under this name, by the one that may serve a call of these facts."""
-    if backend_for(backend, operation, *facts) == "triton":
-        from . import triton
+    return serve(
+        backend,
+        operation,
+        facts,
+        lambda: _by_triton(operation, inputs),
+        lambda: getattr(reference, operation)(*inputs),
+    )
 
-        return getattr(triton, operation)(*inputs)
-    return getattr(reference, operation)(*inputs)
+
+def _by_triton(operation: str, inputs: tuple) -> Any:
+    from . import triton
+
+    return getattr(triton, operation)(*inputs)
 
 
 def _check_attention(

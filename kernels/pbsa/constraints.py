@@ -2,7 +2,8 @@
 
 A backend declares its needs as data (`BackendConstraints`); `why_not` answers with the first need that a call does not
 meet. A backend that was asked for by name runs or raises with that reason; only `auto` chooses, and it logs each
-distinct choice once.
+distinct choice once. An operation whose kernel fails under `auto` (no C compiler, a compilation error) is computed by
+the reference from then on.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 logger = logging.getLogger("sparse_forcing.kernels")
+
+Result = TypeVar("Result")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -139,8 +144,41 @@ def backend_for(
 backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def serve(
+    backend: str,
+    operation: str,
+    facts: tuple,
+    by_triton: Callable[[], Result],
+    by_reference: Callable[[], Result],
+) -> Result:
+    """Compute an operation by the backend that `backend_for(backend, operation, *facts)` names.
+
+    Under "auto" a kernel that fails is logged once, and the reference computes the operation now and later. Raises
+    torch.OutOfMemoryError, of either; what a backend raises that was asked for by name.
+    """
+    if backend_for(backend, operation, *facts) != "triton":
+        return by_reference()
+    if backend != "auto" or torch.compiler.is_compiling():
+        return by_triton()
+    try:
+        return by_triton()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or a launch raises
+        _failed[operation] = f"its kernel failed here ({type(error).__name__}: {_first_line(error)})"
+        logger.warning("PBSA %s is slower now: not triton, %s", operation, _failed[operation])
+        return by_reference()
+
+
+_failed: dict[str, str] = {}  # operation -> why its kernel is not used any more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
 def _auto(call: Call) -> str:
-    reason = TRITON.why_not(call)
+    reason = TRITON.why_not(call) or _failed.get(call.operation)
     if reason is None and interpreter_on():
         reason = "it would run in Triton's interpreter, which is for tests"
     chosen = "triton" if reason is None else "reference"

@@ -132,7 +132,7 @@ def test_a_stream_that_was_flushed_or_holds_no_sink(streamed):
         read_memory_map(state)
     state.frame = 18  # what a flush leaves
     state.begin_chunk(3)
-    state.wrote_all()
+    state.wrote(range(state.layers))
     state.end_chunk()
     found = read_memory_map(state)
     assert found.chunks.unique(dim=0).tolist() == [[18, 3]] and (found.part == 2).all()

@@ -174,3 +174,34 @@ def test_a_missing_triton_is_a_reason_not_a_crash():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.startswith("triton cannot be imported (ModuleNotFoundError: "), done.stderr
+
+
+def test_serve_computes_by_the_reference_once_a_kernel_failed(monkeypatch, caplog):
+    calls = []
+
+    def by_triton():
+        calls.append("triton")
+        raise RuntimeError("Failed to find C compiler.\nPlease specify it")
+
+    monkeypatch.setattr(constraints, "_failed", {})
+    monkeypatch.setattr(constraints.TRITON.__class__, "why_not", lambda self, call: None)
+    monkeypatch.setattr(constraints, "interpreter_on", lambda: False)
+    facts = torch.device("cpu"), torch.float32
+    found = [constraints.serve("auto", "some_operation", facts, by_triton, lambda: "right") for _ in range(3)]
+    assert found == ["right"] * 3 and calls == ["triton"]
+    said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == 1 and "RuntimeError: Failed to find C compiler" in said[0]
+    with pytest.raises(RuntimeError, match="C compiler"):
+        constraints.serve("triton", "some_operation", facts, by_triton, lambda: "right")
+
+
+def test_serve_hands_out_of_memory_up(monkeypatch):
+    def by_triton():
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(constraints, "_failed", {})
+    monkeypatch.setattr(constraints.TRITON.__class__, "why_not", lambda self, call: None)
+    monkeypatch.setattr(constraints, "interpreter_on", lambda: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        constraints.serve("auto", "another", (torch.device("cpu"), torch.float32), by_triton, lambda: "right")
+    assert not constraints._failed

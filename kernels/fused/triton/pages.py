@@ -88,7 +88,17 @@ def _put(
 
 
 @triton.jit(
-    do_not_specialize=["s_g", "s_n", "count", "num_slots", "capacity", "persistent", "evicted", "pinned", "kept"]
+    do_not_specialize=[
+        "s_g",
+        "s_n",
+        "count",
+        "num_slots",
+        "capacity",
+        "persistent",
+        "evicted",
+        "pinned",
+        "kept",
+    ]
 )
 def _update(
     table, score, sums, s_g, s_n, count, num_slots, capacity, persistent, evicted, pinned, kept,

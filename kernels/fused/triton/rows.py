@@ -16,7 +16,7 @@ from ..reference import FP8_MAX, SMALLEST, Rows8
 MERGED_ROWS = 32  # of two attentions, a program
 
 
-def residual_norm(
+def gated_residual_norm(
     x: Tensor,
     y: Tensor | None,
     gate: Tensor | None,
@@ -26,7 +26,7 @@ def residual_norm(
     eps: float,
     eight_bits: bool = False,
 ) -> tuple[Tensor, Tensor | Rows8]:
-    """x, y [B, N, C]; gate, scale, shift [B, F, C] or None -> (x + gate * y, its modulated norm).
+    """See `api.gated_residual_norm`: x, y [B, N, C]; gate, scale, shift [B, F, C] or None -> (x + gate * y, its norm).
 
     Without y the sum is x itself; without scale the norm is the sum itself. eight_bits: the norm in 8 bits. Each
     program reads a row before it writes it, so the sum may take x's place.
@@ -60,6 +60,18 @@ def residual_norm(
             num_warps=warps_for(width),
         )  # fmt: skip
     return total, normal if unit is None else Rows8(normal, unit)
+
+
+def modulated_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, plus_one: bool, eps: float, eight_bits: bool
+) -> Tensor | Rows8:
+    """See `api.modulated_norm`."""
+    return gated_residual_norm(x, None, None, scale, shift, plus_one, eps, eight_bits)[1]
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """See `api.gated_residual`."""
+    return gated_residual_norm(x, y, gate, None, None, True, 0.0)[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:

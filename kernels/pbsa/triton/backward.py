@@ -164,7 +164,9 @@ def launch(
         inputs, grads = [described(x, 64) for x in tensors], described(grad_out, 64)
         apart = [x.stride(0) // dim for x in tensors]
         unit, tiles = 1 / scale, []
-        on_queries = partial(overlapped_backward.queries[(lists, groups)], STAGES=how.query_stages, num_warps=4)
+        on_queries = partial(
+            overlapped_backward.queries[(lists, groups)], STAGES=how.query_stages, num_warps=4
+        )
         on_pages = partial(overlapped_backward.pages[(count, groups)], STAGES=how.page_stages, num_warps=4)
     else:
         query_tile, page_tile = how
@@ -175,7 +177,9 @@ def launch(
         tiles = [triton.cdiv(list_rows, query_tile.rows), list_rows]
         constants |= {"T": tokens, "D_PAD": dim_pad, "PRECISION": precision(q.dtype)}
         on_queries = partial(backward_queries[(lists * tiles[0], groups)], **query_tile.options())
-        on_pages = partial(backward_pages[(count * (tokens // page_tile.keys), groups)], **page_tile.options())
+        on_pages = partial(
+            backward_pages[(count * (tokens // page_tile.keys), groups)], **page_tile.options()
+        )
     with torch.cuda.device_of(q):
         _delta[(triton.cdiv(lse.numel(), 32),)](
             out.contiguous(), grad_out, lse.contiguous(), grad_lse.contiguous(), delta, row_lse, lse.numel(), unit,
@@ -235,7 +239,16 @@ def transpose_lists(idx: Tensor, cnt: Tensor, targets: Tensor, blocks: int) -> t
 
 @triton.jit(do_not_specialize=["num_lists", "longest", "shared_by"])
 def find_readers(
-    idx, cnt, targets, readers, reader_cnt, num_lists, longest, shared_by, LISTS: tl.constexpr, STEP: tl.constexpr
+    idx,
+    cnt,
+    targets,
+    readers,
+    reader_cnt,
+    num_lists,
+    longest,
+    shared_by,
+    LISTS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """One target page: LISTS lists at a time are searched for it, STEP entries at a time."""
     g = tl.program_id(1).to(tl.int64)

@@ -34,7 +34,9 @@ def _attention(
 ):
     floor = forward.floor_of(least_tokens, padding)
     variant = choose_variant(q, k_pages, v_pages, page_len, idx, cnt, padding, floor)
-    return forward.launch(variant, q, k_pages, v_pages, page_len, idx, cnt, scale, padding, floor, gap=(first, behind))
+    return forward.launch(
+        variant, q, k_pages, v_pages, page_len, idx, cnt, scale, padding, floor, gap=(first, behind)
+    )
 
 
 def _attention_shapes(

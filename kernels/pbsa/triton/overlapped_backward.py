@@ -251,7 +251,9 @@ def _page_keys(
             at, before = i % STAGES, (i - 1) % STAGES
             phase = i // STAGES & 1
             row = block * (2 * HALF) + i % 2 * HALF
-            block = gl.load(read_by + gl.minimum((i + 1) // 2, count - 1))  # the next step's: nothing waits for it
+            block = gl.load(
+                read_by + gl.minimum((i + 1) // 2, count - 1)
+            )  # the next step's: nothing waits for it
             mbarrier.wait(q_full.index(at), phase)
             scores = _start_from(-gl.load(lse + row + in_step), k_tile, q_tiles.index(at), scored)
             mbarrier.wait(grad_full.index(at), phase)

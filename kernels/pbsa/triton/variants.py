@@ -32,9 +32,7 @@ class Shape:
     tokens: int  # T
     dim: int  # D
     padding: str
-    whole_pages: (
-        bool  # a group's pages lie one behind the other, groups by whole rows, all aligned for the copy engine
-    )
+    whole_pages: bool  # a group's pages lie one behind the other, groups by whole rows, all aligned for the copy engine
     shared: bool  # a list serves more than one query block
     floor: int = 0  # rows of a page that are never masked; the geometry's, not a call's
 
