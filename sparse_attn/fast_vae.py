@@ -31,6 +31,7 @@ logger = logging.getLogger("sparse_forcing")
 
 WAITING = "waiting"  # in a snapshot: a latent frame that was pushed and not decoded
 HEAD_CHANNELS = 8  # of the last convolution: 3, and zeros, because tensor cores take multiples of 8
+DECODER = ("conv2", "decoder")  # of a VAE's network, the parts that decode
 DECODERS = ("Decoder", "Decoder3d")  # ours and ComfyUI's
 FRAMES = 4  # video frames of a latent frame
 
@@ -57,10 +58,15 @@ def why_not(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> str | N
 def decoder_weights(vae: nn.Module) -> dict[str, Tensor]:
     """What decoding reads, by name; not copied."""
     return {
-        name: parameter.data
-        for name, parameter in vae.named_parameters()
-        if name.startswith(("decoder.", "conv2."))
+        name: parameter.data for name, parameter in vae.named_parameters() if name.split(".")[0] in DECODER
     }
+
+
+def bytes_needed(weights: dict[str, Tensor], height: int, width: int, dtype: torch.dtype) -> int:
+    """About what a FastDecoder of these weights keeps on the device for latents [h, w]."""
+    decoder = FastDecoder({name: weight.to("meta") for name, weight in weights.items()}, "meta", dtype)
+    decoder._open(height, width)
+    return decoder.nbytes
 
 
 def _unlike_wan(weights: dict[str, Tensor]) -> str | None:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from sparse_forcing_pack.sparse_attn import fast_vae
-from sparse_forcing_pack.sparse_attn.fast_vae import FastDecoder, decoder_weights, why_not
+from sparse_forcing_pack.sparse_attn.fast_vae import FastDecoder, bytes_needed, decoder_weights, why_not
 from sparse_forcing_pack.sparse_attn.vae import WanVAE
 from torch import nn
 
@@ -219,3 +219,9 @@ def test_graphs_change_nothing(dtype):
     again = torch.cat([graphed.push(piece) for piece in raw.split(2, dim=2)], dim=2)
     plain.reset()
     assert torch.equal(again, plain.push(raw))
+
+
+def test_bytes_needed_is_about_what_is_kept(vae):
+    decoder = fast(vae, torch.float32)
+    decoder.push(latents(3, 8, 8))
+    assert 0.8 * decoder.nbytes <= bytes_needed(decoder_weights(vae), 8, 8, torch.float32) <= decoder.nbytes
