@@ -31,6 +31,7 @@ from .session import ATTENTION, FAST, PASS, RUN, UNDECIDED, ForwardPass, Samplin
 logger = logging.getLogger("sparse_forcing.nodes")
 
 EXACT = FastOptions()
+NORM_EPS = 1e-6  # Wan's
 OVERRIDE = "optimized_attention_override"  # where other nodes put an attention function of theirs
 
 
@@ -54,13 +55,32 @@ class StreamAttention:
         if current is None:
             stock = type(attn).forward
             return stock(attn, x, freqs, *args, transformer_options=transformer_options, **kwargs)
+        patches = transformer_options.get("patches", {}).get("attn1_patch", ())
+        q, k, v = attn.q(x), attn.k(x), attn.v(x)
+        if not patches and _ready(attn.norm_q, x) and _ready(attn.norm_k, x):
+            norms = attn.norm_q.weight.data, attn.norm_k.weight.data
+            return attn.o(current.attend_projections(self.layer, (q, k, v), norms))
         heads = (*x.shape[:2], attn.num_heads, attn.head_dim)
-        q = apply_rope1(attn.norm_q(attn.q(x)).view(heads), current.freqs)
-        k = apply_rope1(attn.norm_k(attn.k(x)).view(heads), current.freqs)
-        y = current.attend(self.layer, q, k, attn.v(x).view(heads)).flatten(2)
-        for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
+        q = apply_rope1(attn.norm_q(q).view(heads), current.freqs)
+        k = apply_rope1(attn.norm_k(k).view(heads), current.freqs)
+        y = current.attend(self.layer, q, k, v.view(heads)).flatten(2)
+        for patch in patches:
             y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
         return attn.o(y)
+
+
+def _ready(norm: Any, x: Tensor) -> bool:
+    """Whether a norm is ComfyUI's RMSNorm over all heads, with a weight that a fused kernel may read as it lies."""
+    weight = getattr(norm, "weight", None)
+    return (
+        isinstance(norm, torch.nn.RMSNorm)
+        and norm.eps == NORM_EPS
+        and isinstance(weight, Tensor)
+        and (weight.device, weight.dtype) == (x.device, x.dtype)
+        and not getattr(norm, "weight_function", None)
+        and "forward" not in vars(norm)
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+    )
 
 
 def diffusion_model_wrapper(
@@ -163,13 +183,13 @@ def _try_fast(
 
 
 def _fast_pass(run: SamplingRun, executor: Any, x: Tensor, options: dict[str, Any]) -> HostFastPass | None:
-    """The run's fast pass, chosen at its first forward and given up when the host takes the weights elsewhere."""
+    """The run's fast pass, chosen at its first forward, and anew where the host has taken weights away."""
+    if isinstance(run.fast, HostFastPass) and not run.fast.still_there():
+        logger.info("ComfyUI has moved weights away; Sparse Forcing prepares its fast pass again.")
+        run.fast = UNDECIDED
     if run.fast is UNDECIDED:
         wanted = fast_options(options)
         run.fast = wanted and fast_pass_for(executor, x, options, run.attention.mode, wanted)
-    if run.fast is not None and not run.fast.still_there():
-        logger.info("The host has moved weights away; Sparse Forcing goes on with the host's own layers.")
-        run.fast = None
     return run.fast
 
 

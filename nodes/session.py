@@ -20,6 +20,7 @@ from torch import Tensor
 from ..kernels import preferred_block_tokens
 from ..sparse_attn.config import AttentionConfig
 from ..sparse_attn.frame_cache import RECENT_FRAMES
+from ..sparse_attn.fused_attention import FusedAttention, Projections
 from ..sparse_attn.memory import PagedKV
 from ..sparse_attn.state import StreamState
 from .fast_pass import HostFastPass
@@ -227,6 +228,7 @@ class ForwardPass:
     def __init__(self, states: list[StreamState], freqs: Tensor, transformer_options: dict[str, Any]):
         self.states, self.freqs, self.transformer_options = states, freqs, transformer_options
         self.layers: set[int] = set()  # that have attended
+        self._fused: list[tuple[FusedAttention, tuple[Tensor, ...]]] = []
         for state in states:
             # not a method of this object: a cycle would keep the memory until the garbage is collected
             state.dense_attention = partial(_host_attention, transformer_options)
@@ -238,6 +240,24 @@ class ForwardPass:
             return self.states[0].attend(layer, q, k, v)
         rows = zip(*(t.chunk(len(self.states)) for t in (q, k, v)), strict=True)
         return torch.cat([state.attend(layer, *row) for state, row in zip(self.states, rows, strict=True)])
+
+    def attend_projections(
+        self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], norms: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """`attend` in fused kernels, of projections [rows, N, C] and the norm weights [C] of q and k: [rows, N, C]."""
+        self.layers.add(layer)
+        if not self._fused:
+            cos, sin = (self.freqs[0, :, 0, :, row, 0].contiguous() for row in (0, 1))
+            self._rope = cos, sin
+            for state in self.states:
+                attention = FusedAttention(state)
+                self._fused.append((attention, attention.tables(qkv[0].device)))
+        rows = zip(*(t.chunk(len(self.states)) for t in qkv), strict=True)
+        parts = [
+            attention.attend(layer, Projections(*row, *norms, *self._rope), tables)
+            for (attention, tables), row in zip(self._fused, rows, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _host_attention(transformer_options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
