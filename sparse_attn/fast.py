@@ -30,7 +30,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..kernels import fused
+from ..kernels import failed_kernels, fused
 from ..kernels.workspace import Workspace, active, held
 from .fast_weights import FastBlock, FastModel, FastOptions, linear
 from .frame_cache import FrameCache
@@ -45,7 +45,7 @@ from .fused_attention import (
     best_attention,
     named_range,
 )
-from .graphs import Graph, Graphs, Prompt, new_pool, record
+from .graphs import Graph, Graphs, Prompt, new_pool, record, unusable
 from .memory import PagedKV
 from .rollout import Denoise
 from .state import StreamState
@@ -399,7 +399,9 @@ class FastPass:
         device = self.model.head.head.weight.device
         if device.type != "cuda":
             return f"the model is on {device}"
-        return self.graphs.failure
+        if failed := failed_kernels():
+            return f"{', '.join(failed)} run without kernels"
+        return self.graphs.failure or unusable()
 
     def _graph_for(self, key: tuple, inputs: Inputs, text: Text, reuse: Reuse) -> Graph | None:
         """The graph for a pass of this key, captured if an earlier chunk had the key; None: run it eagerly.

@@ -9,6 +9,7 @@ all of them are kept for good.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
@@ -57,23 +58,47 @@ def new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
+def unusable() -> str | None:
+    """Why no graph can be captured in this process any more, or None."""
+    return _broken[0] if _broken else None
+
+
+_broken: list[str] = []
+
+
 def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Result]:
     """Capture `run` as a CUDA graph; return its replay and its result, which every replay writes anew.
 
-    The result lies in memory that existed before. Raises what the capture raises; the device works on. Garbage
-    collection is off meanwhile: it could free tensors of other streams.
+    The result lies in memory that existed before. Raises what the capture raises; the device works on, but under
+    cudaMallocAsync the process captures nothing more (`unusable`). Garbage collection is off meanwhile: it could free
+    tensors of other streams.
     """
-    graph, made = torch.cuda.CUDAGraph(), _Made()
-    try:
+    if reason := unusable():
+        raise RuntimeError(reason)
+    graph, made, stream = torch.cuda.CUDAGraph(), _Made(), torch.cuda.Stream()
+    gc.collect()
+    torch.cuda.synchronize()
+    # not torch.cuda.graph: where ending the capture fails, it leaves its own stream the current one
+    with torch.cuda.stream(stream), _no_collection():
         # "thread_local": another thread may use the device, which would else end the capture
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), _no_collection():
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
             with made:
                 result = run()
             made.tensors.clear()
-    except BaseException:
-        _keep_for_good([graph, *made.tensors])
-        raise
+        except BaseException as error:
+            _give_up(graph, made.tensors, error)
+            raise
+        graph.capture_end()
     return graph.replay, result
+
+
+def _give_up(graph: torch.cuda.CUDAGraph, tensors: list[Any], error: BaseException) -> None:
+    with contextlib.suppress(RuntimeError):  # that the capture is invalid is known
+        graph.capture_end()
+    if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+        _keep_for_good([graph, *tensors])
+        _broken.append(f"an earlier capture failed: {type(error).__name__}")
 
 
 def _keep_for_good(objects: list[Any]) -> None:

@@ -4,13 +4,14 @@ Read `api` for the interface, `reference` for what the numbers mean, `constraint
 """
 
 from .api import NO_GAP, BlockLists, attention_mass, pbsa_attention, pool_pages, route, route_parts
-from .constraints import backend_report, preferred_block_tokens
+from .constraints import backend_report, failed_kernels, preferred_block_tokens
 
 __all__ = [
     "NO_GAP",
     "BlockLists",
     "attention_mass",
     "backend_report",
+    "failed_kernels",
     "pbsa_attention",
     "pool_pages",
     "preferred_block_tokens",

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -136,7 +136,14 @@ def backend_for(
     candidates: int | None = None,
 ) -> str:
     """`choose` for the fields of a Call: what torch.compile can hand over as constants."""
-    return choose(Call(operation, device, dtype, head_dim, block_tokens, candidates), backend)
+    facts = operation, device, dtype, head_dim, block_tokens, candidates
+    return _on_cuda(backend, *facts) if device.type == "cuda" else choose(Call(*facts), backend)
+
+
+@functools.cache
+def _on_cuda(backend: str, *facts: Any) -> str:
+    """`choose`, remembered: a pass asks some hundred times, and nothing that the answer depends on changes."""
+    return choose(Call(*facts), backend)
 
 
 # torch.compile takes the answer as a constant instead of tracing the search for Triton and the log. This is all that
@@ -165,12 +172,18 @@ def serve(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or a launch raises
+        _on_cuda.cache_clear()
         _failed[operation] = f"its kernel failed here ({type(error).__name__}: {_first_line(error)})"
         logger.warning("PBSA %s is slower now: not triton, %s", operation, _failed[operation])
         return by_reference()
 
 
 _failed: dict[str, str] = {}  # operation -> why its kernel is not used any more
+
+
+def failed_kernels() -> list[str]:
+    """Return the operations that the reference computes because their kernels failed here."""
+    return sorted(_failed)
 
 
 def _first_line(error: Exception) -> str:

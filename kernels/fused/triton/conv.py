@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...sizes import cdiv
 
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
 put = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -66,7 +67,7 @@ def conv_frames(x: Tensor, weight: Tensor, out: Tensor, plan: Plan | None = None
     box = [1, plan.pixels // width, width]
     rows = weight.movedim(1, -1).reshape(cout, -1)  # a view: [O, taps * I]
     more = plan.more or plan.channels
-    lines, columns = triton.cdiv(out.shape[1], box[1]), triton.cdiv(out.shape[2], width)
+    lines, columns = cdiv(out.shape[1], box[1]), cdiv(out.shape[2], width)
     tiles, pieces = lines * columns, cout // (plan.channels + plan.more)
     with torch.cuda.device_of(x):
         _conv_frames[(tiles * (out.shape[0] // plan.frames) * pieces,)](

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import cdiv, power_of_2
 from ..reference import SMALLEST_SQUARE
 
 ELEMENTS = 4096  # per program of 4 warps
@@ -29,10 +30,10 @@ def norm_to_window(
     """See `api.norm_to_window`. Allocates nothing."""
     height, width, channels = window.shape[1:]
     frames, pixels = y.shape[0], height * width
-    padded = triton.next_power_of_2(channels)
+    padded = power_of_2(channels)
     rows = max(1, ELEMENTS // padded)
     with torch.cuda.device_of(y):
-        _norm_to_window[(triton.cdiv(pixels, rows), frames)](
+        _norm_to_window[(cdiv(pixels, rows), frames)](
             y, bias, residual, gamma, total, past, window, frames, pixels, width, SMALLEST_SQUARE,
             C=channels, C_PAD=padded, ROWS=rows, SILU=silu, SHUFFLED=shuffled, num_warps=4,
         )  # fmt: skip

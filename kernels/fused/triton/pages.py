@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import cdiv, power_of_2
 from ...workspace import dense, empty
 from ..reference import INT8_MAX, SMALLEST, Pages8
 
@@ -21,7 +22,7 @@ def pack_pages(k_pages: Tensor, v_pages: Tensor, slots: Tensor, into: Pages8, va
         _pack[(slots.shape[1], groups)](
             k_pages, v_pages, dense("slots", slots), *into, *_apart(k_pages, v_pages), into.k.shape[1],
             INT8_MAX, SMALLEST,
-            ROWS=rows, D=dim, ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim),
+            ROWS=rows, D=dim, ROWS_PAD=power_of_2(rows), D_PAD=power_of_2(dim),
             VALUES=values, num_warps=4,
         )  # fmt: skip
 
@@ -32,7 +33,7 @@ def unpack_pages(packed: Pages8, k_pages: Tensor, v_pages: Tensor) -> None:
     with torch.cuda.device_of(k_pages):
         _unpack[(count, groups)](
             *packed, k_pages, v_pages, *_apart(k_pages, v_pages),
-            ROWS=rows, D=dim, ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim),
+            ROWS=rows, D=dim, ROWS_PAD=power_of_2(rows), D_PAD=power_of_2(dim),
             num_warps=4,
         )  # fmt: skip
 
@@ -48,7 +49,7 @@ def put_pages(k_blocks: Tensor, v_blocks: Tensor, slots: Tensor, k_pages: Tensor
     slots = slots if slots.stride(1) == 1 else dense("slots", slots)
     apart = (x.stride(0) for x in (k_blocks, v_blocks, slots, k_pages, v_pages))
     with torch.cuda.device_of(k_blocks):
-        _put[(triton.cdiv(rows * dim, COPIED), count, 2 * groups)](
+        _put[(cdiv(rows * dim, COPIED), count, 2 * groups)](
             k_blocks, v_blocks, slots, k_pages, v_pages, *apart,
             SIZE=rows * dim, COPIED=COPIED, num_warps=4,
         )  # fmt: skip
@@ -60,7 +61,7 @@ def update_table(
     """See `api.update_table`."""
     assert table.is_contiguous()
     rows, slots = table.shape
-    slots_pad = max(32, triton.next_power_of_2(slots))
+    slots_pad = max(32, power_of_2(slots))
     score = score if score.stride(2) == 1 else dense("update.score", score)
     kept = min(capacity, persistent + evicted)
     sums = empty("update.sums", (rows, persistent + evicted), torch.float32, table.device)

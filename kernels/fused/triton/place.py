@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import cdiv, power_of_2
 from ...workspace import dense, empty
 from ..reference import FP8_MAX, SMALLEST, Rows8, parts_of
 from .rows import to_8_bits, warps_for
@@ -72,7 +73,7 @@ def norm_rope_to_frames(
     k_rows, v_rows = k_frames.flatten(1, 2), v_frames.flatten(1, 2)
     assert k_rows.data_ptr() == k_frames.data_ptr() and v_rows.data_ptr() == v_frames.data_ptr(), "a view"
     q_store, k_store, v_store = (x.transpose(1, 2) for x in (q_out, k_rows, v_rows))
-    pieces = triton.cdiv(size, FRAME_ROWS)
+    pieces = cdiv(size, FRAME_ROWS)
     _launch(
         q, k, v, norm_q, norm_k, cos, sin, None, dense("slots", frame_slots),
         q_store, k_store, v_store, None, None, pieces * frame_slots.shape[0], FRAME_ROWS, size, eps,
@@ -92,14 +93,14 @@ def blocks_to_tokens(
         with torch.cuda.device_of(blocks):
             _to_tokens_in_8_bits[(block_count * rows, batch)](
                 blocks, tokens, out, scale, count, FP8_MAX, SMALLEST, HEADS=heads, D=dim,
-                HEADS_PAD=triton.next_power_of_2(heads), D_PAD=triton.next_power_of_2(dim), num_warps=4,
+                HEADS_PAD=power_of_2(heads), D_PAD=power_of_2(dim), num_warps=4,
             )  # fmt: skip
         return Rows8(out, scale)
     out = empty("attended", (batch, count, heads * dim), blocks.dtype, blocks.device)
     with torch.cuda.device_of(blocks):
         _to_tokens[(heads, block_count, batch)](
             blocks, tokens, out, count, ROWS=rows, D=dim,
-            ROWS_PAD=triton.next_power_of_2(rows), D_PAD=triton.next_power_of_2(dim), num_warps=4,
+            ROWS_PAD=power_of_2(rows), D_PAD=power_of_2(dim), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -127,17 +128,17 @@ def _launch(
     cos, sin = dense("place.cos", cos), dense("place.sin", sin)
     factors = empty("place.factors", (2, batch, count), torch.float32, q.device)
     with torch.cuda.device_of(q):
-        _inverse_rms[(triton.cdiv(count, NORM_ROWS), batch, 2)](
+        _inverse_rms[(cdiv(count, NORM_ROWS), batch, 2)](
             q, k, factors, *q.stride()[:2], *k.stride()[:2], count, eps,
-            C=width, BLOCK=triton.next_power_of_2(width), ROWS=NORM_ROWS, num_warps=warps_for(width),
+            C=width, BLOCK=power_of_2(width), ROWS=NORM_ROWS, num_warps=warps_for(width),
         )  # fmt: skip
         _place[(3 * (width // dim), blocks, batch)](
             q, k, v, norm_q, norm_k, cos, sin, factors,
             tokens, slots, q_store, k_store, v_store, pooled_q, pooled_k, count, size,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *q_store.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3],
-            ROWS=rows, HELD=min(HELD_ROWS, triton.next_power_of_2(rows // parts)),
-            D=dim, D_PAD=triton.next_power_of_2(dim), PAGES=tokens is not None, PARTS=parts, num_warps=4,
+            ROWS=rows, HELD=min(HELD_ROWS, power_of_2(rows // parts)),
+            D=dim, D_PAD=power_of_2(dim), PAGES=tokens is not None, PARTS=parts, num_warps=4,
         )  # fmt: skip
 
 

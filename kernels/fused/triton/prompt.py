@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...pbsa.triton.forward import precision, unit_rows
 from ...pbsa.triton.primitives import load_rows, softmax_step, store_rows
+from ...sizes import cdiv, power_of_2
 from ...workspace import empty
 
 TILE = {"ROWS": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
@@ -24,10 +25,10 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor) -> Tenso
     out = empty("prompt", (batch, count, heads, dim), q.dtype, q.device)
     tile = TILE32 if q.dtype == torch.float32 else TILE
     with torch.cuda.device_of(q):
-        attend_prompt[(triton.cdiv(count, tile["ROWS"]), heads, batch)](
+        attend_prompt[(cdiv(count, tile["ROWS"]), heads, batch)](
             q, k, v, distinct, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             count, k.shape[1], dim**-0.5 * math.log2(math.e),
-            D=dim, D_PAD=triton.next_power_of_2(dim), PRECISION=precision(q.dtype), **tile,
+            D=dim, D_PAD=power_of_2(dim), PRECISION=precision(q.dtype), **tile,
         )  # fmt: skip
     return out
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import cdiv, power_of_2
 from ...workspace import dense, empty
 from ..reference import FP8_MAX, SMALLEST, Rows8
 
@@ -56,7 +57,7 @@ def gated_residual_norm(
         _residual_norm[(tokens, batch)](
             x, y, gate, scale, shift, total, normal, unit,
             *per_frame(gate), *per_frame(scale), *per_frame(shift), eps, FP8_MAX, SMALLEST,
-            C=width, BLOCK=triton.next_power_of_2(width), PLUS_ONE=plus_one,
+            C=width, BLOCK=power_of_2(width), PLUS_ONE=plus_one,
             num_warps=warps_for(width),
         )  # fmt: skip
     return total, normal if unit is None else Rows8(normal, unit)
@@ -82,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     with torch.cuda.device_of(x):
         _rms_norm[(tokens, batch)](
             x, dense("rms_norm.weight", weight), out, *x.stride()[:2], eps,
-            C=width, BLOCK=triton.next_power_of_2(width), num_warps=warps_for(width),
+            C=width, BLOCK=power_of_2(width), num_warps=warps_for(width),
         )  # fmt: skip
     return out
 
@@ -95,9 +96,9 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     out = empty("merge", out_a.shape, out_a.dtype, out_a.device)
     count, dim = lse_a.numel(), out_a.shape[-1]
     with torch.cuda.device_of(out_a):
-        _merge[(triton.cdiv(count, MERGED_ROWS),)](
+        _merge[(cdiv(count, MERGED_ROWS),)](
             out_a, lse_a, out_b, lse_b, out, count,
-            D=dim, ROWS=MERGED_ROWS, D_PAD=triton.next_power_of_2(dim), num_warps=4,
+            D=dim, ROWS=MERGED_ROWS, D_PAD=power_of_2(dim), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -112,14 +113,14 @@ def quantise_rows(x: Tensor, gelu: bool) -> Rows8:
     with torch.cuda.device_of(x):
         _quantise_rows[(count,)](
             x, out, scale, x.stride(0), FP8_MAX, SMALLEST,
-            C=width, HEAD=head, TAIL=triton.next_power_of_2(width - head), GELU=gelu, num_warps=warps_for(head),
+            C=width, HEAD=head, TAIL=power_of_2(width - head), GELU=gelu, num_warps=warps_for(head),
         )  # fmt: skip
     return Rows8(out, scale)
 
 
 def warps_for(width: int) -> int:
     """32 elements a thread, or more where a row is very wide."""
-    return min(8, max(1, triton.next_power_of_2(width) // 1024))
+    return min(8, max(1, power_of_2(width) // 1024))
 
 
 @triton.jit(do_not_specialize=["gate_tokens", "scale_tokens", "shift_tokens"])

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import cdiv, power_of_2
 from .. import reference
 from .forward import PADDING, precision, unit_rows
 from .primitives import load_rows, store_rows
@@ -151,7 +152,7 @@ def launch(
     k_pages, v_pages = unit_rows(k_pages), unit_rows(v_pages)
     page_len, idx, cnt, grad_out = (x.contiguous() for x in (page_len, idx, cnt, grad_out))
     scales = scale, scale * math.log2(math.e)
-    dim_pad = triton.next_power_of_2(dim)
+    dim_pad = power_of_2(dim)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((groups, count, tokens, dim), dtype=q.dtype, device=q.device) for _ in range(2))
     delta, row_lse = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
@@ -174,14 +175,14 @@ def launch(
         apart = [stride for x in inputs for stride in x.stride()[:3]]
         unit = math.log2(math.e)
         list_rows = blocks // lists * tokens  # query rows that one list serves
-        tiles = [triton.cdiv(list_rows, query_tile.rows), list_rows]
+        tiles = [cdiv(list_rows, query_tile.rows), list_rows]
         constants |= {"T": tokens, "D_PAD": dim_pad, "PRECISION": precision(q.dtype)}
         on_queries = partial(backward_queries[(lists * tiles[0], groups)], **query_tile.options())
         on_pages = partial(
             backward_pages[(count * (tokens // page_tile.keys), groups)], **page_tile.options()
         )
     with torch.cuda.device_of(q):
-        _delta[(triton.cdiv(lse.numel(), 32),)](
+        _delta[(cdiv(lse.numel(), 32),)](
             out.contiguous(), grad_out, lse.contiguous(), grad_lse.contiguous(), delta, row_lse, lse.numel(), unit,
             D=dim, D_PAD=dim_pad, ROWS=32, num_warps=4,
         )  # fmt: skip

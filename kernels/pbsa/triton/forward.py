@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import cdiv, power_of_2
 from ...workspace import dense, empty
 from ..reference import NO_GAP
 from .primitives import described_rows, load_rows, softmax_step, store_rows
@@ -83,7 +84,7 @@ def launch(
     )
     lists = cnt.shape[1]
     list_rows = blocks // lists * tokens  # query rows that one list serves
-    tiles = triton.cdiv(list_rows, variant.rows)  # of one list
+    tiles = cdiv(list_rows, variant.rows)  # of one list
     every_tile = groups * lists * tiles
     if split is None:
         resident = multiprocessors(q.device) * variant.residents
@@ -117,13 +118,13 @@ def launch(
             kernel[(programs,)](
                 q, k_pages, v_pages, page_len, idx, cnt, out, lse,
                 *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3], *sizes,
-                D_PAD=triton.next_power_of_2(dim), ROWS=variant.rows, KEYS=variant.keys,
+                D_PAD=power_of_2(dim), ROWS=variant.rows, KEYS=variant.keys,
                 PRECISION=precision(q.dtype), num_stages=variant.stages, **constants,
             )  # fmt: skip
         if split_tiles and split.parts > 1:
             merge[(split_tiles,)](
                 out, lse, *split, rows, tiles, list_rows, lists,
-                D=dim, D_PAD=triton.next_power_of_2(dim), ROWS=variant.rows, num_warps=8,
+                D=dim, D_PAD=power_of_2(dim), ROWS=variant.rows, num_warps=8,
             )  # fmt: skip
     return out[:rows].view(q.shape), lse[:rows].view(q.shape[:3])
 
@@ -141,7 +142,7 @@ def _launch_overlapped(
 
     shared = variant.rows == 128  # a list for both warp groups
     views = (described(x, rows) for x, rows in zip(tensors, (64, variant.keys, variant.keys), strict=True))
-    forward_overlapped[(programs if shared else triton.cdiv(programs, 2),)](
+    forward_overlapped[(programs if shared else cdiv(programs, 2),)](
         *views, *others, *(x.stride(0) // x.shape[-1] for x in tensors), *sizes, programs,
         SHARED=shared, STAGES=variant.stages, **constants,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import power_of_2
 from .forward import precision, unit_rows
 from .primitives import load_rows
 
@@ -36,7 +37,7 @@ def page_mass(
         weigh_pages[(blocks, groups)](
             q, k_pages, *tables, mass, *q.stride()[:3], *k_pages.stride()[:3],
             blocks // cnt.shape[1], cnt.shape[1], idx.shape[2], k_pages.shape[1], scale * math.log2(math.e),
-            T=tokens, D=dim, D_PAD=triton.next_power_of_2(dim), PRECISION=precision(q.dtype),
+            T=tokens, D=dim, D_PAD=power_of_2(dim), PRECISION=precision(q.dtype),
             num_warps=8 if tokens == 128 else 4, num_stages=3,
         )  # fmt: skip
     return mass

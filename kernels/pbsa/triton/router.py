@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import cdiv, power_of_2
 from ...workspace import dense, empty
 from .primitives import k_largest, load_rows
 
@@ -30,7 +31,7 @@ def route(
     groups, blocks, _ = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
     idx, cnt, shares = _results((groups, blocks), fixed, free, keep, pooled_q.device)
-    slots_pad = max(32, triton.next_power_of_2(slots))
+    slots_pad = max(32, power_of_2(slots))
     with torch.cuda.device_of(pooled_q):
         scores, position_of = _score(pooled_q, pooled_k, always, local, slots, scale)
         select[(blocks, groups)](
@@ -54,7 +55,7 @@ def route_parts(
     groups, blocks, parts, _ = pooled_q.shape
     slots, fixed, free = pooled_k.shape[1], always.shape[1], local.shape[1]
     idx, cnt, shares = _results((groups, blocks), fixed, free, keep, pooled_q.device)
-    slots_pad = max(32, triton.next_power_of_2(slots))
+    slots_pad = max(32, power_of_2(slots))
     with torch.cuda.device_of(pooled_q):
         rows, columns = pooled_q.flatten(1, 2), pooled_k.flatten(1, 2)
         scores, position_of = _score(rows, columns, always, local, slots, scale)
@@ -79,11 +80,11 @@ def _score(
     width = columns.shape[1]
     scores = empty("route.scores", (groups, count, width), torch.float32, rows.device)
     position_of = empty("route.places", (groups, pages), torch.int32, rows.device)
-    grid = triton.cdiv(count, SCORE_TILE["ROWS"]) + 1, triton.cdiv(width, SCORE_TILE["SLOTS"]), groups
+    grid = cdiv(count, SCORE_TILE["ROWS"]) + 1, cdiv(width, SCORE_TILE["SLOTS"]), groups
     score[grid](
         dense("route.rows", rows), dense("route.columns", columns), dense("route.always", always),
         dense("route.local", local), scores, position_of,
-        count, width, pages, always.shape[1], local.shape[1], scale, D=dim, D_PAD=triton.next_power_of_2(dim),
+        count, width, pages, always.shape[1], local.shape[1], scale, D=dim, D_PAD=power_of_2(dim),
         **SCORE_TILE, num_warps=4,
     )  # fmt: skip
     return scores, position_of
@@ -111,7 +112,7 @@ def pool_pages(pages: Tensor, page_len: Tensor) -> Tensor:
     with torch.cuda.device_of(pages):
         pool[(count, groups)](
             pages, dense("pool.page_len", page_len), pooled, *pages.stride()[:3],
-            T=tokens, D=dim, D_PAD=triton.next_power_of_2(dim), num_warps=4,
+            T=tokens, D=dim, D_PAD=power_of_2(dim), num_warps=4,
         )  # fmt: skip
     return pooled
 
