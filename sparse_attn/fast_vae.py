@@ -320,8 +320,8 @@ class FastDecoder:
         return window
 
     def _norm(self, x: _Value, window: Tensor, **options: Any) -> None:
-        more = {"bias": x.bias, "residual": x.residual, "shuffled": x.shuffled, "backend": self.backend}
-        norm_to_window(x.y, window, **more, **options)
+        options |= {"bias": x.bias, "residual": x.residual, "shuffled": x.shuffled, "backend": self.backend}
+        norm_to_window(x.y, window, **options)
 
     def _apply(self, conv: _Conv, window: Tensor) -> _Value:
         """The convolution of a window that has its past, or of single frames, without its bias."""
@@ -421,11 +421,11 @@ def convolve(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """
     side = weight.shape[-1] // 2
     if weight.dim() == 5:
-        source, target, padding = _channels_first(x[None]), _channels_first(out[None]), (0, side, side)
+        source, target, padding = _channels_first(x[None]), _channels_first(out[None]), [0, side, side]
     else:
-        source, target, padding = _channels_first(x), _channels_first(out), (side, side)
+        source, target, padding = _channels_first(x), _channels_first(out), [side, side]
     if x.is_cuda and torch.version.cuda:
-        ones, allow_tf32 = (1,) * len(padding), torch.backends.cudnn.allow_tf32
+        ones, allow_tf32 = [1] * len(padding), torch.backends.cudnn.allow_tf32
         # The operator under conv3d, because it takes an output.
         torch.ops.aten.cudnn_convolution.out(
             source, weight, padding, ones, ones, 1, False, False, allow_tf32, out=target
