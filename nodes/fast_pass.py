@@ -1,20 +1,21 @@
 """The fast pass in place of the host's own layers, where nobody has changed what they compute.
 
 Guidance, schedules and other nodes' wrappers stay the host's: only a network's forward over one chunk is run by
-`sparse_attn.fast`, on the weights as the host would use them, LoRA included. Whatever it does not know (layers of
-other packs, attention patches, quantised layers, weights that the host keeps off the device) runs on the host's layers,
-and the log says which is used and why.
+`sparse_attn.fast`, on the weights as the host would use them, LoRA included (`weights`). Where their 16-bit copies do
+not fit into memory, or a layer is another pack's, the linear layers are the host's own, without CUDA graphs. What
+changes the arithmetic elsewhere (attention patches, wrappers, hooks) runs on the host's layers altogether. The log says
+which is used and why.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +23,7 @@ from ..sparse_attn.config import Mode
 from ..sparse_attn.fast import CrossKV, FastPass, fp8_missing
 from ..sparse_attn.fast_weights import FastModel, FastOptions
 from ..sparse_attn.state import StreamState
-from ..sparse_attn.wan import WanModel
-from .host import known
+from .weights import LINEAR, build_model, host_weights, linear_layers, outside, readable, unready_bytes
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
@@ -33,16 +33,26 @@ KNOWN = ("torch.nn.", "comfy.ops", "comfy.ldm.wan.model", "comfy.ldm.wan.ar_mode
 SPARE_BYTES = 2**30  # left free beside a copy of the weights
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a fast pass takes its weights: `layers`, by name, stay the host's own; `why` in words."""
+
+    options: FastOptions
+    layers: dict[str, Any]
+    why: str
+
+
 class HostFastPass:
     """The fast passes of one sampling run: one copy or view of the weights, a pass for every state."""
 
-    def __init__(self, network: Any, x: Tensor, options: FastOptions):
-        weights = host_weights(network, x)
+    def __init__(self, network: Any, x: Tensor, source: Source):
+        weights = host_weights(network, x, source.layers)
+        taken = {tensor.data_ptr() for tensor in weights.values()}
         self.device = x.device
-        self.borrowed = [p for p in network.parameters() if p.device == x.device]
+        self.borrowed = [p for p in network.parameters() if type(p.data) is Tensor and p.data_ptr() in taken]
+        model = build_model(network, weights, source.layers, x)
         # the host's weights stay as they are: a joint product for q, k and v would hold them twice
-        model = WanModel.from_state_dict(weights, share=True)
-        self.model = FastModel(model, replace(options, fuse_qkv=False))
+        self.model = FastModel(model, replace(source.options, fuse_qkv=False))
         self.passes: dict[Hashable, FastPass] = {}  # by conditioning, as the run's states are
         self.prompts: dict[Hashable, CrossKV] = {}
 
@@ -83,22 +93,28 @@ def fast_pass_for(
 ) -> HostFastPass | None:
     """The fast pass for the network behind `executor`, or None where the host's layers have to do it; logged."""
     reason = why_not_fast(executor, x, options, mode, wanted)
-    shortcuts = ", ".join(wanted.approximate)
     if reason is not None:
         logger.info("Sparse Forcing runs on the host's own layers: %s.", reason)
-        if shortcuts:
-            logger.warning("Sparse Forcing takes no shortcuts (%s): they need its fast pass.", shortcuts)
+        _say_lost(wanted.approximate, "they need its fast pass")
         return None
+    source = choose_source(executor.class_obj, x, wanted)
+    shortcuts = ", ".join(source.options.approximate)
     how = f", with shortcuts ({shortcuts})" if shortcuts else ""
-    logger.info("Sparse Forcing runs its fast pass%s: the model is as it was loaded.", how)
-    return HostFastPass(executor.class_obj, x, wanted)
+    logger.info("Sparse Forcing runs its fast pass%s: %s.", how, source.why)
+    lost = [name for name in wanted.approximate if name not in source.options.approximate]
+    _say_lost(lost, "they need room for 8-bit copies of the weights")
+    return HostFastPass(executor.class_obj, x, source)
+
+
+def _say_lost(shortcuts: list[str], why: str) -> None:
+    if shortcuts:
+        logger.warning("Sparse Forcing takes no shortcuts (%s): %s.", ", ".join(shortcuts), why)
 
 
 def why_not_fast(
     executor: Any, x: Tensor, options: dict[str, Any], mode: Mode, wanted: FastOptions
 ) -> str | None:
     """Why the host's own layers have to run, or None."""
-    network = executor.class_obj
     if x.device.type not in DEVICES:
         return f"on {x.device.type} they are as fast"
     if wanted.fp8 and (reason := fp8_missing(x.device)):
@@ -111,60 +127,68 @@ def why_not_fast(
     for patch in ("patches", "patches_replace", "optimized_attention_override", "rope_options"):
         if options.get(patch):
             return f"another node has set {patch}"
-    for name, module in network.named_modules():
+    network = executor.class_obj
+    for name, module in outside(network, _opaque_layers(network)):
         if reason := _foreign(module):
             return f"{name or 'the model'} {reason}"
-    missing = sum(
-        p.numel() * x.element_size()
-        for p in network.parameters()
-        if p.device != x.device or p.dtype != x.dtype
-    )
-    if wanted.fp8:  # a copy of the blocks in 8 bits
-        missing += sum(p.numel() for p in network.blocks.parameters())
-    free = host.get_free_memory(x.device)
-    if missing and missing + SPARE_BYTES > free:
-        need, have = f"{missing / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
-        return f"{need} of weights are not ready on {x.device}, and {have} are free for them"
     return None
+
+
+def choose_source(network: Any, x: Tensor, wanted: FastOptions) -> Source:
+    """Weights in 16 bits on x's device if memory allows, else the host's own linear layers for those without room."""
+    opaque = _opaque_layers(network)
+    missing = sum(unready_bytes(module, x) for _, module in outside(network, opaque))
+    free = comfy.model_management.get_free_memory(x.device)
+    if wanted.fp8:  # a copy of the blocks in 8 bits
+        eight = sum(math.prod(p.shape) for p in network.blocks.parameters())
+        if opaque or missing + eight + SPARE_BYTES > free:
+            return choose_source(network, x, replace(wanted, fp8=False))
+    need, have = f"{missing / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
+    called = replace(wanted, graphs=False)
+    layers = "ComfyUI's own linear layers, without CUDA graphs"
+    if missing and missing + SPARE_BYTES > free:
+        why = f"{layers}, as {need} of weights are not ready on {x.device}, and {have} are free for them"
+        return Source(called, linear_layers(network), why)
+    if opaque:
+        name, layer = next(iter(opaque.items()))
+        why = f"{layers} for {len(opaque)} of them, as {name} {_kind_of(layer)}"
+        return Source(called, opaque, why)
+    if missing:
+        return Source(wanted, {}, f"{need} of weights were made ready on {x.device}")
+    return Source(wanted, {}, "the model is as it was loaded")
+
+
+def _opaque_layers(network: Any) -> dict[str, Any]:
+    """Linear layers that compute in a way of their own, and so are called as they are."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if LINEAR.search(name) and not _changed_by_hand(module) and (not _known(module) or _smooths(module))
+    }
+
+
+def _smooths(module: nn.Module) -> bool:
+    """Whether a quantised layer of the host scales its input as well."""
+    return getattr(module, "pre_quant_scale", None) is not None
+
+
+def _known(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(KNOWN) or readable(module)
+
+
+def _kind_of(module: nn.Module) -> str:
+    return f"is a {type(module).__module__}.{type(module).__name__}, which computes in its own way"
 
 
 def _foreign(module: nn.Module) -> str | None:
     """How a module differs from the host's own Wan, or None."""
-    kind = type(module)
+    return _changed_by_hand(module) or (None if _known(module) else _kind_of(module))
+
+
+def _changed_by_hand(module: nn.Module) -> str | None:
     replaced = vars(module).get("forward")
     if replaced is not None and not hasattr(replaced, "sparse_forcing"):
         return "has its forward replaced"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks"
-    if not kind.__module__.startswith(KNOWN):
-        return f"is a {kind.__module__}.{kind.__name__}, which computes in its own way"
-    if any(type(p.data) is not Tensor for p in module.parameters(recurse=False)):
-        return "has quantised weights"
     return None
-
-
-def host_weights(network: Any, x: Tensor) -> dict[str, Tensor]:
-    """The network's weights by name on x's device in x's dtype, as the host's layers would use them in this moment.
-
-    What already is there is shared, not copied; weights in memory that the host reuses at will are copied.
-    """
-    found: dict[str, Tensor] = {}
-    for name, module in network.named_modules():
-        own = {key: p.data for key, p in module.named_parameters(recurse=False)}
-        cast = isinstance(module, comfy.ops.CastWeightBiasOp) and bool(own)
-        used = _cast(module, x) if cast else {key: tensor.to(x) for key, tensor in own.items()}
-        found |= {f"{name}.{key}".removeprefix("."): tensor for key, tensor in used.items()}
-    return found
-
-
-def _cast(layer: Any, x: Tensor) -> dict[str, Tensor]:
-    """Weight and bias of one of the host's layers, patched and ready; its own tensors where they are so already."""
-    kept = known(comfy.ops.cast_bias_weight, offloadable=True)
-    weight, bias, *lent = comfy.ops.cast_bias_weight(layer, None, x.dtype, x.device, x.dtype, **kept)
-    used = {}
-    for key, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            used[key] = tensor.data if tensor.data_ptr() == getattr(layer, key).data_ptr() else tensor.clone()
-    if lent:
-        comfy.ops.uncast_bias_weight(layer, weight, bias, *lent)
-    return used

@@ -138,7 +138,8 @@ def sample_stream(
         run.finished = sampler.finished
         if sampler.on_open is not None:
             sampler.on_open(run, base, x)
-        start, resumed, made = _start_frames(base, options, x), run.frame > 0, []
+        start, resumed = _start_frames(base, options, x), run.frame > 0
+        made: list[Tensor] = []
         if start is not None:
             run.given = start.shape[2]
             if not resumed:
