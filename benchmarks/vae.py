@@ -15,7 +15,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +27,6 @@ from torch import Tensor
 PACK = load_pack().__name__
 WanVAE = import_module(f"{PACK}.sparse_attn.vae").WanVAE
 fast_vae = import_module(f"{PACK}.sparse_attn.fast_vae")
-conv = import_module(f"{PACK}.kernels.fused.triton.conv")
 norm_to_window = import_module(f"{PACK}.kernels.fused").norm_to_window
 
 HEIGHT, WIDTH, CHUNK = 60, 104, 3  # latents of 480x832
@@ -132,27 +130,8 @@ def variants(vae: torch.nn.Module, dtype: torch.dtype) -> dict[str, Callable]:
     """Label -> what makes that FastDecoder."""
     weights = fast_vae.decoder_weights(vae)
 
-    def maker(convolve: Callable, **options) -> Callable:
-        def make():
-            decoder = fast_vae.FastDecoder(weights, "cuda", dtype, **options)
-            decoder.convolve = convolve
-            return decoder
-
-        return make
-
-    return {
-        "fast": maker(fast_vae.convolve, graphs=False),
-        "fast, graphs": maker(fast_vae.convolve),
-        "fast, gluon, graphs": maker(gluon_or_cudnn),
-    }
-
-
-def gluon_or_cudnn(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """`conv_frames` where its tiles divide the channels."""
-    if conv.plan_for(out.shape[0], weight.shape[1], weight.shape[0]):
-        conv.conv_frames(x, weight, out)
-    else:
-        fast_vae.convolve(x, weight, out)
+    make = partial(fast_vae.FastDecoder, weights, "cuda", dtype)
+    return {"fast": partial(make, graphs=False), "fast, graphs": make}
 
 
 def decoders(dtype: torch.dtype) -> dict:
@@ -269,9 +248,6 @@ def alternatives(x: Tensor, weight: Tensor, out: Tensor) -> dict[str, Callable]:
     """Ways to convolve x [T, H, W, I] into out [T', H', W', O]."""
     side = weight.shape[-1] // 2
     found: dict[str, Callable] = {"cudnn": lambda: fast_vae.convolve(x, weight, out)}
-    for plan in plans(out.shape[0], weight):
-        label = f"gluon {plan.frames}x{plan.pixels}x({plan.channels}+{plan.more}) {plan.step} {plan.stages}"
-        found[label] = lambda plan=plan: conv.conv_frames(x, weight, out, plan)
     if weight.dim() == 5:
         source = fast_vae._channels_first(x[None])
         padding = (0, side, side)
@@ -280,22 +256,6 @@ def alternatives(x: Tensor, weight: Tensor, out: Tensor) -> dict[str, Callable]:
             wide, flat = frames_as_channels(x, weight)
             found["conv2d of 3 frames' channels"] = lambda: fast_vae.convolve(wide, flat, out)
     return found
-
-
-def plans(frames: int, weight: Tensor) -> list:
-    """Tiles of `conv_frames` worth a try for these weights."""
-    cout, cin = weight.shape[:2]
-    best = conv.plan_for(frames, cin, cout)
-    if best is None:
-        return []
-    found = [best, replace(best, frames=1), replace(best, stages=best.stages - 1)]
-    if cin % 64 == 0:
-        found += [replace(best, frames=1, step=64, stages=2)]
-    if cout % 192 == 0:
-        found += [replace(best, channels=128, more=64, stages=3), replace(best, channels=64, more=0)]
-    if cout % 256 == 0:
-        found += [replace(best, frames=1, channels=256, stages=3)]
-    return list(dict.fromkeys(found))
 
 
 def frames_as_channels(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
