@@ -23,6 +23,7 @@ from ..sparse_attn.config import AttentionConfig
 from ..sparse_attn.estimate import kept_bytes
 from ..sparse_attn.fast_weights import FastOptions
 from .checks import require_wan
+from .compiling import said_while_compiling
 from .fast_pass import HostFastPass, fast_pass_for
 from .host import inference_dtype, known
 from .recovery import MemoryTornError, reason_of
@@ -169,7 +170,8 @@ def _try_fast(
         if fast is None:
             return None
         begun = True
-        return fast(*forward)
+        with said_while_compiling((run.attention.mode, run.noisy, run.frame > 0)):
+            return fast(*forward)
     except comfy.model_management.InterruptProcessingException:
         raise
     except Exception as error:
