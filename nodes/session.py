@@ -254,8 +254,8 @@ class ForwardPass:
                 self._fused.append((attention, attention.tables(qkv[0].device)))
         rows = zip(*(t.chunk(len(self.states)) for t in qkv), strict=True)
         parts = [
-            attention.attend(layer, Projections(*row, *norms, *self._rope), tables)
-            for (attention, tables), row in zip(self._fused, rows, strict=True)
+            attention.attend(layer, Projections(q, k, v, *norms, *self._rope), tables)
+            for (attention, tables), (q, k, v) in zip(self._fused, rows, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -77,7 +77,7 @@ def _unlike_wan(weights: dict[str, Tensor]) -> str | None:
     width, z_dim = weights["decoder.head.0.gamma"].shape[0], weights["conv2.weight"].shape[0]
     with torch.device("meta"):
         wanted = {f"decoder.{name}": w.shape for name, w in Decoder(width, z_dim, nn).named_parameters()}
-        wanted |= {f"conv2.{name}": w.shape for name, w in nn.Conv3d(z_dim, z_dim, 1).named_parameters()}
+    wanted |= {"conv2.weight": torch.Size((z_dim, z_dim, 1, 1, 1)), "conv2.bias": torch.Size((z_dim,))}
     if odd := sorted(wanted.keys() ^ weights.keys()):
         return f"{odd[0]} is {'missing' if odd[0] in wanted else 'not part of a Wan 2.1 decoder'}"
     for name, shape in wanted.items():

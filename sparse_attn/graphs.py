@@ -38,8 +38,8 @@ class Graph:
 class Prompt:
     """Where graphs find a prompt's keys and values, and the list that they were copied from."""
 
-    own: list[tuple[Tensor, ...]]
-    source: list[tuple[Tensor, ...]]
+    own: list[tuple[Tensor, Tensor, Tensor]]
+    source: list[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass

@@ -89,10 +89,10 @@ def pbsa_attention(
         return triton.attention(q, k_pages, v_pages, *rest, grad_pages, scale, padding, least_tokens, *gap)
 
     def by_reference() -> tuple[Tensor, Tensor]:
-        pages = (reference.without_gap(x, gap) for x in (k_pages, v_pages))
+        keys, values = (reference.without_gap(x, gap) for x in (k_pages, v_pages))
         if grad_pages is not None:
-            pages = (reference.only_pages(x, grad_pages) for x in pages)
-        return reference.attention(q, *pages, *rest, scale)
+            keys, values = (reference.only_pages(x, grad_pages) for x in (keys, values))
+        return reference.attention(q, keys, values, *rest, scale)
 
     facts = q.device, q.dtype, q.shape[3], q.shape[2]
     return serve(backend, "attention", facts, by_triton, by_reference)
