@@ -40,6 +40,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -53,7 +54,7 @@ from torch import Tensor
 PACK = load_pack().__name__
 core = {
     name: import_module(f"{PACK}.sparse_attn.{name}")
-    for name in ("beside", "config", "fast", "pipeline", "rollout", "state", "tiny_vae", "vae", "wan")
+    for name in ("config", "fast", "frame_queue", "pipeline", "rollout", "state", "tiny_vae", "vae", "wan")
 }
 AttentionConfig, SamplerConfig = core["config"].AttentionConfig, core["config"].SamplerConfig
 fast, stream, wan = core["fast"], core["rollout"].stream, core["wan"]
@@ -402,17 +403,16 @@ class FullSize:
             self.roll(run, memory, fill)
         self.decoder.reset()
 
-        def decode(latent: Tensor) -> float:
-            self.decode(latent)
-            return time.perf_counter()
+        def decode(latent: Tensor) -> tuple[Tensor]:
+            return (((self.decoder.push(latent).clamp(-1, 1) + 1) * 127.5).round().byte(),)
 
         shown, began = [], time.perf_counter()
-        with core["beside"].Beside(self.device) as beside:
+        with torch.no_grad(), core["frame_queue"].FrameQueue(self.device) as queue:
             for chunk in self.chunks(run, memory, fill + self.steady):
-                if len(beside):
-                    shown.append(beside.take())  # never more than one chunk behind
-                beside.put(decode, chunk.latent.to(self.device, self.dtype))
-            shown.append(beside.take())
+                latent = chunk.latent.to(self.device, self.dtype)
+                queue.submit(partial(decode, latent), lambda _frames: shown.append(time.perf_counter()))
+                queue.wait_for_room()
+            queue.settle()
         steady = [1000 * (b - a) for a, b in pairwise(shown[fill - 1 :])]
         p50 = statistics.median(steady)
         return {

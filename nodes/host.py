@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import torch
-import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -44,32 +42,6 @@ def inference_dtype(base: Any) -> torch.dtype:
 def reads_comfy_quant() -> bool:
     """Whether the host reads weights in the 8 and 4 bits that ComfyUI itself writes (`comfy_quant`)."""
     return hasattr(comfy.ops, "mixed_precision_ops")
-
-
-def prepare_threads(names: str) -> None:
-    """Make the host's layers fit for threads whose names begin so; from the first call on, for good.
-
-    There they do not ask for an interrupt: the thread that asks first takes it away from the host's own, for which it
-    is meant. Nor do they change PyTorch's order of attentions: it is one for all threads, and two that change it and
-    put it back at the same time leave each other's.
-    """
-    here: dict[str, Callable] = {
-        "run_every_op": lambda: None,
-        "scaled_dot_product_attention": F.scaled_dot_product_attention,
-    }
-    for name, replaced in here.items():
-        usual = getattr(comfy.ops, name, None)  # an older host's layers do not ask
-        if usual is not None and not hasattr(usual, "sparse_forcing"):
-            setattr(comfy.ops, name, _by_thread(names, replaced, usual))
-
-
-def _by_thread(names: str, here: Callable, elsewhere: Callable) -> Callable:
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        inside = not torch.compiler.is_compiling() and threading.current_thread().name.startswith(names)
-        return (here if inside else elsewhere)(*args, **kwargs)
-
-    vars(choose)["sparse_forcing"] = True
-    return choose
 
 
 def wan_vae(sd: dict[str, Tensor]) -> Any:

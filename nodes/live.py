@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from ..sparse_attn.memory_live import KeptBlocks, copy_tables, summarise
+from ..sparse_attn.memory_live import KeptBlocks, gather_tables, summarise
 from ..sparse_attn.pictures import spread
 from ..sparse_attn.state import StreamState
 
@@ -111,12 +112,12 @@ class LiveRun:
             **facts,
         )
 
-    def copy_memory(self) -> KeptBlocks | None:
-        """What the memory holds now, for `show_chunk`; None without a page or a map. On the sampling thread."""
+    def gather_memory(self) -> tuple[Tensor, Callable[[Tensor], KeptBlocks]] | None:
+        """`gather_tables` of the memory, for `show_chunk`; None without a page or a map. On the sampling thread."""
 
-        def tables() -> KeptBlocks | None:
+        def tables() -> tuple[Tensor, Callable[[Tensor], KeptBlocks]] | None:
             state = None if self.client_id is None else self.memory()
-            return None if state is None else copy_tables(state)
+            return None if state is None else gather_tables(state)
 
         return self._attempt("memory map", tables, None)
 

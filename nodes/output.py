@@ -1,7 +1,8 @@
 """What becomes of a chunk whose passes are done: it is decoded, written into the video and shown on the page.
 
-Where it pays, a thread does that beside the passes of the next chunk. Passes, the host's memory management, its
-interrupts and its progress bar stay on the host's own thread.
+The sampling thread launches the decoder on a CUDA stream of its own and goes on with the next chunk. A worker waits for
+the frames, encodes and writes them and makes the page's messages (`sparse_attn.frame_queue`). No module of the host
+runs in the worker; its interrupts and its progress bar stay on the sampling thread.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import folder_paths
 import latent_preview
@@ -20,11 +23,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..sparse_attn.beside import THREAD, Beside
-from ..sparse_attn.memory_live import KeptBlocks
+from ..sparse_attn.frame_queue import FrameQueue
 from ..sparse_attn.video import Mp4Writer
-from .host import prepare_threads
 from .live import LiveRun
+from .recovery import reason_of
 from .vae_stream import StreamDecoder, TinyStreamDecoder
 
 logger = logging.getLogger("sparse_forcing.nodes")
@@ -33,8 +35,7 @@ logger = logging.getLogger("sparse_forcing.nodes")
 class Output:
     """The decoder, the file and the page of one run; chunks go through them in order.
 
-    at_once: latent frames that are decoded together. After `work_beside`, `add` only hands over, and until `settle`
-    nobody else may touch decoder and writer.
+    at_once: latent frames that are decoded together. Until `settle`, decoder and writer belong to what was added.
     """
 
     def __init__(
@@ -47,100 +48,114 @@ class Output:
     ):
         self.decoder, self.at_once = decoder, at_once
         self.writer, self.live, self.progress = writer, live, progress
-        self._beside: Beside | None = None
+        stop_if_asked = comfy.model_management.throw_exception_if_processing_interrupted
+        self._queue = FrameQueue(decoder.vae.device, on_wait=stop_if_asked)
         self._preview: np.ndarray | None = None  # a frame that the host was not shown yet
-
-    def work_beside(self, device: torch.device) -> None:
-        """Let a thread do all that follows, for latents on `device`."""
-        prepare_threads(THREAD)
-        self._beside = Beside(device)
-
-    @property
-    def beside(self) -> bool:
-        """Whether a thread does the work."""
-        return self._beside is not None
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Go on with a decoder's `snapshot`."""
-        self._do(self.decoder.restore, snapshot)
+        with self._queue.aside():
+            self.decoder.restore(snapshot)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The decoder's, once all that was added is in the file."""
         self.settle()
+        with self._queue.aside():
+            return self.decoder.snapshot()
 
     def write(self, raw: Tensor) -> None:
         """Decode a raw latent [1, 16, F, h, w] into the file."""
-        self._do(self._write, raw)
-        self.settle()
+        for piece in raw.split(self.at_once, dim=2):
+            self._submit(partial(self._decode, piece), self._append)
 
-    def add(self, raw: Tensor, given: bool, kept: KeptBlocks | None, facts: dict[str, Any]) -> None:
-        """Decode, write and show a chunk's raw latent: with its `facts`, and what the memory `kept` behind it.
+    def add(self, raw: Callable[[], Tensor], given: bool, place: Tensor, facts: dict[str, Any]) -> None:
+        """Decode, write and show a chunk: with its `facts`, and what the memory holds now.
 
-        given: it was not made, and may be a long clip.
+        raw() -> its raw latent [1, 16, F, h, w] float32 on the device, which is copied to `place` before its frames are
+        written. given: it was not made, and may be a long clip, which is decoded in pieces.
         """
-        self._do(self._finish, raw, given, kept, facts)
+        tables, read = self.live.gather_memory() or (torch.empty(0), None)
+        latents: list[Tensor] = []
+        written: list[np.ndarray] = []
+        places = place.split(self.at_once, dim=2)
+
+        def decode(index: int) -> tuple[Tensor, ...]:
+            if not latents:
+                latents.extend(raw().split(self.at_once, dim=2))
+            return *self._decode(latents[index]), latents[index], tables
+
+        def use(index: int, frames: Tensor, latent: Tensor, copied: Tensor) -> None:
+            places[index].copy_(latent)
+            written.append(self._append(frames))
+            if index + 1 < len(places):
+                return
+            memory = None if read is None else read(copied)
+            shown = np.concatenate(written) if len(written) > 1 else written[0]
+            self.live.show_chunk(shown, memory, video=self._growing_file(), **facts)
+            if given:  # it does not count in what the page says of speed
+                self.live.start_behind(self.writer.frames, facts["done"])
+
+        for index in range(len(places)):
+            self._submit(partial(decode, index), partial(use, index))
 
     def end(self) -> None:
         """Write what waits in the decoder: nothing follows."""
-        self._do(self._flush)
+        self._queue.submit(lambda: (_bytes(self.decoder.flush()),), self._append)
         self.settle()
 
     def settle(self) -> None:
         """Wait until all that was added is in the file; raises what went wrong there. On the host's thread."""
-        while self._beside is not None and len(self._beside):
-            self._beside.take()
-        frame, self._preview = self._preview, None
-        if frame is not None and not self.live.has_player:
-            preview = ("JPEG", Image.fromarray(frame), latent_preview.MAX_PREVIEW_RESOLUTION)
-            self.progress.update_absolute(self.progress.current, preview=preview)
+        self._queue.settle()
+        self._show_preview()
 
     def after_pass(self, passes: int, total: int) -> None:
-        """Progress; what the thread has finished meanwhile, or why it could not."""
+        """Progress; what the worker has finished meanwhile, or why it could not."""
         self.progress.update_absolute(passes, total)
-        if self._beside is not None and self._beside.ready:
-            self.settle()
+        self._queue.check()
+        self._show_preview()
 
     def close(self) -> None:
-        """Keep what was added, whatever ended the run, and end the thread."""
-        if self._beside is None:
-            return
-        try:
-            while len(self._beside):
-                self._beside.take()
-        except Exception:  # another one is on its way already
-            logger.warning("The last chunk could not be kept.", exc_info=True)
-        finally:
-            self._beside.close()
-            self._beside = None
+        """Keep what was added, whatever ended the run, and end the worker."""
+        failure = self._queue.close()
+        if failure is not None:  # another one is on its way already
+            logger.warning("The last chunk could not be kept.", exc_info=failure)
 
     @property
     def path(self) -> PurePath:
         """The file, in the host's output folder."""
         return PurePath(os.path.relpath(self.writer.path, folder_paths.get_output_directory()))
 
-    # --- on the thread, where there is one ---
+    def _show_preview(self) -> None:
+        frame, self._preview = self._preview, None
+        if frame is not None and not self.live.has_player:
+            preview = ("JPEG", Image.fromarray(frame), latent_preview.MAX_PREVIEW_RESOLUTION)
+            self.progress.update_absolute(self.progress.current, preview=preview)
 
-    def _do(self, work: Callable[..., Any], *given: Any) -> None:
-        if self._beside is None:
-            work(*given)
+    def _submit(self, decode: Callable[[], tuple[Tensor, ...]], use: Callable[..., None]) -> None:
+        """Once more where memory runs out, when all that was added before is in the file and its memory free."""
+        mark = self.decoder.mark()
+        try:
+            self._queue.submit(decode, use)
+        except torch.OutOfMemoryError as error:
+            logger.warning("Out of memory while decoding; trying once more: %s", reason_of(error))
+            again = True
         else:
-            self._beside.put(work, *given)
+            again = False
+        if again:  # outside the handler, whose error keeps the failed call's tensors
+            self.decoder.back_to(mark)
+            self.settle()
+            comfy.model_management.soft_empty_cache()
+            self._queue.submit(decode, use)
+        self._queue.wait_for_room()
 
-    def _finish(self, raw: Tensor, given: bool, kept: KeptBlocks | None, facts: dict[str, Any]) -> None:
-        frames = np.concatenate([self._write(piece) for piece in raw.split(self.at_once, dim=2)])
-        self.live.show_chunk(frames, kept, video=self._growing_file(), **facts)
-        if given:  # it does not count in what the page says of speed
-            self.live.start_behind(self.writer.frames, facts["done"])
+    def _decode(self, raw: Tensor) -> tuple[Tensor]:
+        return (_bytes(self.decoder.push(raw)),)
 
-    def _write(self, raw: Tensor) -> np.ndarray:
-        return self._append(self.decoder.push(raw))
-
-    def _flush(self) -> None:
-        self._append(self.decoder.flush())
+    # --- in the worker ---
 
     def _append(self, frames: Tensor) -> np.ndarray:
-        """Append frames [n, H, W, 3] in 0..1 to the file; returns them as uint8.
-
-        Where no player shows them all, the last one is the host's ordinary preview.
-        """
-        images = (frames * 255).round().to(torch.uint8).numpy()
+        """Append frames [n, H, W, 3] uint8 to the file; where no player shows them all, the last is the preview."""
+        images = frames.numpy()
         if len(images):
             self.writer.append(images)
             self._preview = images[-1]
@@ -151,3 +166,8 @@ class Output:
         path = self.path
         subfolder = path.parent.as_posix() if path.parent.parts else ""
         return {"filename": path.name, "subfolder": subfolder, "type": "output", "bytes": self.writer.bytes}
+
+
+def _bytes(frames: Tensor) -> Tensor:
+    """Frames in 0..1 as uint8, where they are."""
+    return (frames * 255).round().to(torch.uint8)

@@ -14,7 +14,6 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..sparse_attn.beside import pays_on
 from ..sparse_attn.config import pixel_frames
 from ..sparse_attn.rollout import Chunk
 from ..sparse_attn.session import Session, memory_snapshot
@@ -25,9 +24,10 @@ from .keeping import SessionKeeper, conditioning_key, in_output, memories_by_nam
 from .live import LiveRun
 from .output import Output
 from .prompt_timeline import PromptSwitcher
+from .report import show_text
 from .session import ATTENTION, RUN, SamplingRun, attention_of
 from .streaming import StreamSampler
-from .vae_stream import own_weights, stream_decoder, why_not_beside
+from .vae_stream import constants_on, stream_decoder
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
@@ -50,7 +50,7 @@ class VideoStream:
         self.model, self.vae, self.chunk_frames = model.clone(), vae, chunk_frames
         # Loaded together and kept together: decoding in between must not push the model out.
         self.model.set_additional_models("sparse_forcing_vae", [vae.patcher])
-        self.decoder = stream_decoder(vae)
+        self.decoder = stream_decoder(vae, (shape[3], shape[4]))
         self.shape, self.latent = shape, _allocate(shape)
         self.made = 0  # latent frames that are finished
         self.session: Session | None = None  # to go on from
@@ -93,6 +93,7 @@ class VideoStream:
             first_steps=first_steps,
             on_open=self._on_open,
             clean_last=self.keeper.active,
+            finished=self.finished,
             rereads=switcher.may_change or self.session is not None,
         )
         try:
@@ -121,6 +122,7 @@ class VideoStream:
 
     def finished(self, start: int, stop: int) -> Tensor:
         """Finished latent frames [1, 16, stop - start, h, w] in the model's scale."""
+        self.output.settle()
         return self.model.model.process_latent_in(self.latent[:, :, start:stop])
 
     def _facts(self) -> dict[str, Any]:
@@ -135,12 +137,7 @@ class VideoStream:
 
     def _on_open(self, run: SamplingRun, base: Any, x: Tensor) -> None:
         """Before the first pass, with the models loaded: go on from the session, if there is one."""
-        if pays_on(x.device):
-            if why_not := why_not_beside(self.vae, base.diffusion_model, x.device):
-                logger.info("Stream Video decodes between two chunks, not beside the next: %s.", why_not)
-            else:
-                self.decoder.weights = own_weights(self.vae)
-                self.output.work_beside(x.device)
+        self._scale_out = constants_on(x.device, base.latent_format.process_out)
         if self.session is None:
             return
         self.output.restore(self.session.decoder)
@@ -157,12 +154,12 @@ class VideoStream:
         except ValueError as error:
             logger.warning("The video of the session is decoded again, as %s cannot be gone on with: %s",
                            video["path"], error)  # fmt: skip
-            self.decoder = self.output.decoder = stream_decoder(self.vae, self.decoder.weights)
-            for part in self.latent[:, :, : self.made].split(self.chunk_frames, dim=2):
-                self.output.write(part)
+            self.decoder = self.output.decoder = stream_decoder(self.vae, (self.shape[3], self.shape[4]))
+            self.output.write(self.latent[:, :, : self.made])
+            self.output.settle()
 
     def _take_session(self) -> Session:
-        self.output.settle()  # memory, decoder and file then stand at the same chunk
+        decoder = self.output.snapshot()  # memory, decoder and file then stand at the same chunk
         run = self.guider.model_options["transformer_options"][RUN]
         states = memories_by_name(self.guider, run)
         self.writer.sync()  # a session never knows of frames that the video could lose
@@ -171,7 +168,7 @@ class VideoStream:
             frames=self.made,
             latent=self.latent[:, :, : self.made],
             memory={name: memory_snapshot(state) for name, state in states.items()},
-            decoder=self.decoder.snapshot(),
+            decoder=decoder,
             facts={
                 "seed": self.seed,
                 "prompt": self.switcher.text,
@@ -185,10 +182,8 @@ class VideoStream:
         )
 
     def _on_chunk(self, chunk: Chunk) -> None:
-        self.output.settle()  # the chunk before
-        raw = self.model.model.process_latent_out(chunk.latent.float())
-        self.latent[:, :, chunk.start_frame : chunk.start_frame + raw.shape[2]] = raw.cpu()
-        self.made = chunk.start_frame + raw.shape[2]
+        start, self.made = chunk.start_frame, chunk.start_frame + chunk.latent.shape[2]
+        place = self.latent[:, :, start : self.made]
         done = -(-self.made // self.chunk_frames)
         facts = {
             "done": done,
@@ -196,10 +191,10 @@ class VideoStream:
             "cache_bytes": self._cache_bytes(),
             "prompt": self.switcher.text,
         }
-        self.output.add(raw, chunk.index < 0, self.live.copy_memory(), facts)
+        self.output.add(lambda: self._scale_out(chunk.latent.float()), chunk.index < 0, place, facts)
         stopping = self.live.stopping
         last = stopping or self.made == self.latent.shape[2]
-        if last or not self.output.beside:
+        if last:
             self.output.settle()
         if problem := self.keeper.after_chunk(done, last, self._take_session):
             self.live.say(problem)
@@ -224,11 +219,7 @@ class VideoStream:
             return
         text = f"Stopped early: {self.writer.frames} frames are kept in {self.writer.path}"
         logger.warning(text)
-        from server import PromptServer
-
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and node_id is not None:
-            server.send_progress_text(text, node_id)
+        show_text(text, node_id)
 
 
 def _allocate(shape: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
 """A stream's memory map in some kilobytes, for a page that shows it while the stream goes on.
 
 `read_memory_map` tells all layers and heads apart, and grows with what they hold. Here they are taken together, in two
-steps: `copy_tables` is all that the sampling thread has to do between two chunks, and `summarise` makes of it what a
-page can draw, on any thread.
+steps: `gather_tables` is all that the sampling thread has to do between two chunks, and `summarise` makes of it what
+a page can draw, on any thread.
 
 Shapes: L layers, G groups (a head of a batch item each), P filled entries of persistent memory.
 """
@@ -10,10 +10,12 @@ Shapes: L layers, G groups (a head of a batch item each), P filled entries of pe
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .chunk_layout import ChunkLayout, chunk_layout
 from .config import pixel_frames
@@ -45,22 +47,19 @@ class KeptBlocks(NamedTuple):
         return chunk_layout(frames, self.grid, self.block_tokens)
 
 
-def copy_tables(state: StreamState) -> KeptBlocks | None:
-    """The tables of a stream between two chunks; None in modes without them, and while nothing is remembered.
+def gather_tables(state: StreamState) -> tuple[Tensor, Callable[[Tensor], KeptBlocks]] | None:
+    """The tables of a stream between two chunks, where they are, and what makes KeptBlocks of their copy on the CPU.
 
-    Of a stream on a device 8 bytes a block come to the host, in one copy that waits for the device.
+    8 bytes per block. None in modes without tables, and while nothing is remembered. Does not wait for the device.
     """
     cache = state.cache
     if not isinstance(cache, PagedKV) or not (cache.persistent or cache.window):
         return None
     slots = cache.table[..., : cache.persistent]
     tables = torch.stack([table.gather(2, slots) for table in (cache.page_frame, cache.page_block)])
-    frames, numbers = tables.cpu().numpy()
     lengths = [chunk.frames for chunk in cache.window]
     starts = [state.frame - sum(lengths[i:]) for i in range(len(lengths))]
-    return KeptBlocks(
-        frames,
-        numbers,
+    rest = (
         cache.pinned,
         list(zip(starts, lengths)),
         state.frame,
@@ -68,6 +67,13 @@ def copy_tables(state: StreamState) -> KeptBlocks | None:
         state.grid,
         state.attention.block_tokens,
     )
+    return tables, lambda copied: KeptBlocks(*copied.numpy(), *rest)
+
+
+def copy_tables(state: StreamState) -> KeptBlocks | None:
+    """`gather_tables` on the CPU, in one copy that waits for the device."""
+    gathered = gather_tables(state)
+    return None if gathered is None else gathered[1](gathered[0].cpu())
 
 
 def summarise(kept: KeptBlocks) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .beside import side_stream
+from .frame_queue import side_stream
 
 logger = logging.getLogger("sparse_forcing.offload")
 

@@ -19,8 +19,7 @@ def to_uint8(frames: Tensor | np.ndarray) -> np.ndarray:
     """
     if isinstance(frames, Tensor):
         if frames.ndim == 5 and frames.shape[:2] == (1, 3) and frames.is_floating_point():
-            video = frames.detach()[0].permute(1, 2, 3, 0).float()
-            frames = ((video.clamp(-1, 1) + 1) * 127.5).round().byte()
+            frames = to_bytes(frames)
         frames = frames.cpu().numpy()
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ValueError(
@@ -28,6 +27,12 @@ def to_uint8(frames: Tensor | np.ndarray) -> np.ndarray:
             "or a floating-point tensor [1, 3, F, H, W] in [-1, 1]"
         )
     return frames
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """Convert a decoder's [1, 3, F, H, W] in about [-1, 1] to uint8 [F, H, W, 3], where it is."""
+    frames = video.detach()[0].permute(1, 2, 3, 0).float()
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().contiguous()
 
 
 def spread(total: int, count: int) -> list[int]:

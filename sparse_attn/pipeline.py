@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from queue import SimpleQueue
-from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.pbsa.constraints import Call, choose
-from .beside import Beside, pays_on
 from .config import PIXELS_PER_TOKEN, AttentionConfig, SamplerConfig, check_length, check_size, pixel_frames
 from .fast import ComposablePass, choose_pass, denoiser
+from .frame_queue import FrameQueue
 from .given import latent_frames_of, usable_frames
-from .pictures import to_uint8
+from .pictures import to_bytes
 from .rollout import Denoise, prefill, stream
 from .state import StreamState
 from .world import ATTENTION
@@ -135,10 +136,6 @@ class Made(NamedTuple):
     seconds: float
 
 
-class _StopEarly(Exception):
-    """Ends a chunk that nobody waits for."""
-
-
 @dataclass(frozen=True)
 class MemoryNeed:
     """Bytes that a request needs for certain; activations of one chunk come on top. host: of the cache, off the
@@ -239,10 +236,8 @@ class VideoPipeline:
     def generate(self, request: Request, on_pass: OnPass | None = None) -> Iterator[VideoChunk]:
         """Decoded chunks as they are finished. Raises ValueError at once, as `check` does.
 
-        on_pass(chunk, pass, passes a chunk) after every pass of the backbone. To stop early, stop iterating.
-        Where `beside.pays_on`, a chunk is decoded, and used by the caller, while a thread makes the next one; `on_pass`
-        is still called by the caller's thread, for passes made meanwhile when it asks for the next chunk. Stopping
-        waits for the pass under way.
+        on_pass(chunk, pass, passes per chunk) after every pass of the backbone. To stop early, stop iterating. On CUDA
+        a chunk is decoded on a stream of its own beside the passes of the next one, and comes when those are launched.
         """
         self.check(request)
         return self._generate(request, on_pass)
@@ -253,51 +248,30 @@ class VideoPipeline:
             "%d chunks of %dx%d, cache %d bytes", request.chunks, request.width, request.height, memory.nbytes
         )
         denoise, decoder = self._denoiser(request, memory), self.vae.stream_decoder()
-        pieces = self._pieces_ahead if pays_on(self.device) else self._pieces
+        decoded: SimpleQueue[tuple[Made, np.ndarray]] = SimpleQueue()
+
+        def decode(made: Made) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (to_bytes(decoder.push(made.latent)),)
+
         started = time.perf_counter()
-        with closing(pieces(request, memory, denoise, on_pass)) as all_made:
-            for made in all_made:
-                with torch.no_grad():
-                    frames = to_uint8(decoder.push(made.latent))
-                waited = time.perf_counter() - started
-                # a caller that took its time finds passes done, which took no less for that
-                yield VideoChunk(made.number, frames, max(waited, made.seconds), memory.nbytes)
-                started = time.perf_counter()  # what the caller did with the frames is not the model's time
-
-    def _pieces_ahead(
-        self, request: Request, memory: StreamState, denoise: Denoise, on_pass: OnPass | None
-    ) -> Generator[Made, None, None]:
-        """The same pieces, each made by a thread while the caller still has the one before."""
-        told: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()  # passes; None behind those of a piece
-        stopped = Event()
-
-        def denoise_unless_stopped(x: Tensor, sigma: float) -> Tensor:
-            if stopped.is_set():
-                raise _StopEarly
-            return denoise(x, sigma)
-
-        pieces = self._pieces(request, memory, denoise_unless_stopped, lambda *where: told.put(where))
-
-        def make_next() -> Made | None:
-            try:
-                return next(pieces, None)
-            finally:
-                told.put(None)
-
-        with Beside(self.device) as beside:
-            try:
-                beside.put(make_next)
-                while True:
-                    for where in iter(told.get, None):
-                        if on_pass is not None:
-                            on_pass(*where)
-                    made = beside.take()
-                    if made is None:
-                        return
-                    beside.put(make_next)
-                    yield made
-            finally:
-                stopped.set()
+        pieces = self._pieces(request, memory, denoise, on_pass)
+        with FrameQueue(self.device, limit=1) as queue, closing(pieces) as all_made:
+            for made in chain(all_made, [None]):
+                if made is not None:
+                    queue.submit(partial(decode, made), partial(_hand_over, decoded, made))
+                if made is None or made.number < 1 or self.device.type != "cuda":
+                    queue.settle()  # the last, the first, and where nothing runs beside anything
+                else:
+                    queue.wait_for_room()
+                while not decoded.empty():
+                    done, frames = decoded.get()
+                    waited = time.perf_counter() - started
+                    # a caller that took its time finds passes done, which took no less for that
+                    yield VideoChunk(done.number, frames, max(waited, done.seconds), memory.nbytes)
+                    started = (
+                        time.perf_counter()
+                    )  # what the caller did with the frames is not the model's time
 
     def _pieces(
         self, request: Request, memory: StreamState, denoise: Denoise, on_pass: OnPass | None
@@ -353,3 +327,7 @@ class VideoPipeline:
         fast = self.device.type == "cuda"
         run = choose_pass(self.dit, memory)[0] if fast else ComposablePass(self.dit, memory)
         return denoiser(run, cross_kv)
+
+
+def _hand_over(decoded: SimpleQueue, made: Made, frames: Tensor) -> None:
+    decoded.put((made, frames.numpy()))

@@ -166,7 +166,8 @@ class Mp4Writer:
         height, width = video.shape[1:3]
         if self._file is None:
             logger.info("writing %s, %dx%d at %d fps with %s", self.path, width, height, self.fps, codec)
-        video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if height % 2 or width % 2:
+            video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         out = io.BytesIO()
         with av.open(out, "w", format="mp4", options={"movflags": FRAGMENTED}) as container:
             stream: Any = container.add_stream(codec, rate=self.fps, options=CODECS[codec])

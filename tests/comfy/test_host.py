@@ -26,7 +26,7 @@ GROUPS = {
     ]
     for path in sorted((HERE / "host").glob("checks_*.py"))
 }
-OLDER_GROUPS = ("sampling", "contract", "loaders", "formats", "patches", "offload", "video", "beside")
+OLDER_GROUPS = ("sampling", "contract", "loaders", "formats", "patches", "offload", "video", "output")
 ON_A_GPU = GROUPS.pop("cuda")
 CASES = [("current", check) for checks in GROUPS.values() for check in checks]
 CASES += [("older", check) for group in OLDER_GROUPS for check in GROUPS[group]]

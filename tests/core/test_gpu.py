@@ -1,13 +1,15 @@
 """What only a GPU can show: that the host never waits while a chunk is generated, and that numbers are the CPU's."""
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from sparse_forcing_pack.sparse_attn import beside
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.fast import ComposablePass, FastModel, FastOptions, FastPass
+from sparse_forcing_pack.sparse_attn.frame_queue import FrameQueue
+from sparse_forcing_pack.sparse_attn.pictures import to_bytes
 from sparse_forcing_pack.sparse_attn.pipeline import Request, VideoPipeline
 from sparse_forcing_pack.sparse_attn.positions import apply_rope, rope_table
 from sparse_forcing_pack.sparse_attn.state import StreamState
@@ -140,36 +142,33 @@ def test_fast_and_composable_pass_keep_what_is_new():
     assert (flows[0] - flows[1]).norm() < 0.05 * flows[0].norm()
 
 
-def test_streams_side_by_side_wait_for_what_crosses_alone():
+def test_frame_queue_launches_without_waiting():
     long = 2_000_000_000  # cycles, about a second
+    seen = []
 
-    def work(x, cycles):
+    def decode(x, cycles):
         torch.cuda._sleep(cycles)
-        return 2 * x
+        return (2 * x,)
 
-    with beside.Beside("cuda") as thread:
-        for cycles in (1, long):  # first kernels are loaded and memory is allocated, which may wait for the device
+    with FrameQueue("cuda") as queue:
+        for cycles in (
+            1,
+            long,
+        ):  # first kernels are loaded and memory is allocated, which may wait for the device
             x = torch.zeros(1 << 20, device="cuda")
             with no_waiting() if cycles == long else nullcontext():
                 torch.cuda._sleep(cycles)
                 x += 1
-                thread.put(work, x, cycles)
+                queue.submit(partial(decode, x, cycles), lambda copied: seen.append(copied.clone()))
                 del x
                 torch.full((1 << 20,), 7.0, device="cuda")  # may not be where x is still to be read
-                handed = torch.cuda.current_stream().query()
-                result = thread.take()
-                taken = torch.cuda.current_stream().query()
-            assert (result == 2).all()
-        assert not handed, "the work was launched while x was still being made"
-        assert not taken
-        thread.put(torch.cuda._sleep, long)
-        while not thread.ready:
-            pass
-        torch.cuda.current_stream().synchronize()
-        assert not thread._stream.query(), "the caller's stream does not wait for it"
+                busy = not torch.cuda.current_stream().query()
+            queue.settle()
+    assert busy, "the decoder was launched while x was still being made"
+    assert len(seen) == 2 and all((copied == 2).all() for copied in seen)
 
 
-def test_chunks_made_beside_decoding_are_those_made_in_between(monkeypatch):
+def test_generate_decodes_as_one_chunk_after_the_other():
     torch.manual_seed(0)
     world = WorldModel(
         WanModel(dim=128, ffn_dim=128, num_heads=1, num_layers=2), WanVAE(dim=8), WorldTextEncoder(dim=32)
@@ -178,8 +177,25 @@ def test_chunks_made_beside_decoding_are_those_made_in_between(monkeypatch):
         part.eval().requires_grad_(False)
     pipeline = VideoPipeline(world, "cuda")
     request = Request("a red circle over a navy background", latent_frames=24, width=64, height=48)
+    latents, decoder = [], pipeline.vae.stream_decoder
     videos = []
-    for devices in ((), ("cuda",), ("cuda",)):  # graphs are captured anew in each, beside a decoder
-        monkeypatch.setattr(beside, "DEVICES", devices)
+    for _ in range(2):
         videos.append(np.concatenate([chunk.frames for chunk in pipeline.generate(request)]))
-    assert np.array_equal(videos[1], videos[0]) and np.array_equal(videos[2], videos[0])
+    assert np.array_equal(*videos)
+    pipeline.vae.stream_decoder = lambda: recorded(decoder(), latents)
+    again = np.concatenate([chunk.frames for chunk in pipeline.generate(request)])
+    torch.cuda.synchronize()
+    alone = decoder()
+    inline = np.concatenate([to_bytes(alone.push(latent)).cpu().numpy() for latent in latents])
+    assert np.array_equal(again, videos[0]) and np.array_equal(inline, videos[0])
+
+
+def recorded(decoder, latents):
+    push = decoder.push
+
+    def noted(latent):
+        latents.append(latent)
+        return push(latent)
+
+    decoder.push = noted
+    return decoder

@@ -25,12 +25,12 @@ def check_fast_vae_and_host_continue_each_other():
     with torch.inference_mode():
         want = vae.process_output(vae.first_stage_model.decode(latent))[0].movedim(0, -1)
         for pieces in (3, 1):
-            stream, decoder = streams.StreamDecoder(vae), pack("nodes.fast_vae").take_over(vae)
+            stream, decoder = streams.StreamDecoder(vae, latent.shape[3:]), pack("nodes.fast_vae").take_over(vae)
             stream.push(latent[:, :, :pieces])
             decoder.restore(stream.snapshot())
             frames = vae.process_output(decoder.push(latent[:, :, pieces:]))[0].movedim(0, -1)
             close(frames, want[4 * pieces - 3 :])
-            other = streams.StreamDecoder(vae)
+            other = streams.StreamDecoder(vae, latent.shape[3:])
             decoder.reset()
             decoder.push(latent[:, :, :pieces])
             saved = decoder.snapshot()

@@ -219,7 +219,7 @@ def check_the_page_is_told_what_the_memory_holds():
 def check_a_failing_map_never_stops_sampling():
     model, vae, live = apply(tiny_model(), mode="sparse", block_tokens=4), tiny_vae(), pack("nodes.live")
     want = stream_video(model, vae)[1]
-    for name in ("copy_tables", "summarise"):
+    for name in ("gather_tables", "summarise"):
         with patch.object(live, name, side_effect=RuntimeError("broken")), log_said() as texts:
             _, latent, sent = with_page(model, vae)
         assert torch.equal(latent, want) and texts == ["The live memory map failed and is off for this run."]

@@ -38,7 +38,7 @@ def check_streamed_decode_equals_vae_decode():
     with torch.inference_mode():
         for pieces in ([3, 3, 3], [3, 3, 1], [1, 1, 1, 1], [1, 1, 1], [2, 2], [1], [7], [1, 4, 1, 1]):
             latent = noise(sum(pieces), 2, 4)
-            want, stream = vae.decode(latent)[0], decoder(vae)
+            want, stream = vae.decode(latent)[0], decoder(vae, latent.shape[3:])
             parts = [stream.push(part) for part in latent.split(pieces, dim=2)]
             got = torch.cat([*parts, *[part for part in [stream.flush()] if len(part)]])
             close(got, want)
@@ -49,9 +49,9 @@ def check_streamed_decode_equals_vae_decode():
 def check_other_vaes_are_refused():
     vae = tiny_vae()
     vae.latent_channels = 48
-    fails("needs the Wan 2.1 VAE", pack("nodes.vae_stream").stream_decoder, vae)
+    fails("needs the Wan 2.1 VAE", pack("nodes.vae_stream").stream_decoder, vae, (2, 4))
     stranger = SimpleNamespace(first_stage_model=torch.nn.Identity(), latent_channels=4)
-    fails("this one is Identity with 4", pack("nodes.vae_stream").stream_decoder, stranger)
+    fails("this one is Identity with 4", pack("nodes.vae_stream").stream_decoder, stranger, (2, 4))
 
 
 def taehv(dtype=torch.float32):
@@ -74,7 +74,8 @@ def check_a_tiny_vae_streams_as_vae_decode():
         vae = taehv(dtype)
         latent, decoder = noise(7, 2, 4), pack("nodes.vae_stream").stream_decoder
         with torch.inference_mode():
-            want, stream, again = vae.decode(latent)[0], decoder(vae), decoder(vae)
+            size = latent.shape[3:]
+            want, stream, again = vae.decode(latent)[0], decoder(vae, size), decoder(vae, size)
             parts = [stream.push(part) for part in latent[:, :, :6].split(3, dim=2)]
             again.restore(stream.snapshot())
             parts.append(again.push(latent[:, :, 6:]))
