@@ -131,7 +131,7 @@ class Output:
             preview = ("JPEG", Image.fromarray(frame), latent_preview.MAX_PREVIEW_RESOLUTION)
             self.progress.update_absolute(self.progress.current, preview=preview)
 
-    def _submit(self, decode: Callable[[], tuple[Tensor, ...]], use: Callable[..., None]) -> None:
+    def _submit(self, decode: Callable[[], tuple[Tensor, ...]], use: Callable[..., object]) -> None:
         """Once more where memory runs out, when all that was added before is in the file and its memory free."""
         mark = self.decoder.mark()
         try:

@@ -57,7 +57,7 @@ class FrameQueue:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, decode: Decode, use: Callable[..., None]) -> None:
+    def submit(self, decode: Decode, use: Callable[..., object]) -> None:
         """Launch decode() -> tensors; use(*the same on the CPU) follows in the worker, in inference mode.
 
         decode sees all that the current stream was given before, and is kept until it has run on the device, with the
@@ -121,7 +121,7 @@ class FrameQueue:
             copied.record(self._side)
             return _Launched(results, copied, (decode, made))
 
-    def _use(self, launched: _Launched, use: Callable[..., None]) -> None:
+    def _use(self, launched: _Launched, use: Callable[..., object]) -> None:
         """In the worker."""
         if self._failure is not None:
             return

@@ -67,7 +67,7 @@ def gather_tables(state: StreamState) -> tuple[Tensor, Callable[[Tensor], KeptBl
         state.grid,
         state.attention.block_tokens,
     )
-    return tables, lambda copied: KeptBlocks(*copied.numpy(), *rest)
+    return tables, lambda copied: KeptBlocks(copied[0].numpy(), copied[1].numpy(), *rest)
 
 
 def copy_tables(state: StreamState) -> KeptBlocks | None:
