@@ -34,6 +34,9 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self._views: dict[
+            tuple, Tensor
+        ] = {}  # of buffers, as they were asked for: a pass asks hundreds of times
         self._replaced: list[Tensor] = []
         self._outer: Workspace | None = None
 
@@ -51,11 +54,19 @@ class Workspace:
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised [*shape] in the buffer of this name."""
+        key = name, shape, dtype, device
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._view(*key)
+        return view
+
+    def _view(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = max(1, math.prod(shape)) * dtype.itemsize
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.numel() < size:
             if buffer is not None:
                 self._replaced.append(buffer)
+                self._views = {key: view for key, view in self._views.items() if key[0] != name}
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
             self._buffers[name, device] = buffer
         return buffer[:size].view(dtype)[: math.prod(shape)].view(shape)
@@ -71,7 +82,7 @@ def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     workspace = active()
     if workspace is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    return workspace.empty(name, tuple(shape), dtype, device)
+    return workspace.empty(name, shape, dtype, device)
 
 
 def held(name: str, x: Tensor) -> Tensor:
@@ -79,7 +90,7 @@ def held(name: str, x: Tensor) -> Tensor:
     workspace = active()
     if workspace is None:
         return x
-    return workspace.empty(name, tuple(x.shape), x.dtype, x.device).copy_(x)
+    return workspace.empty(name, x.shape, x.dtype, x.device).copy_(x)
 
 
 def dense(name: str, x: Tensor) -> Tensor:

@@ -70,13 +70,12 @@ def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Re
     """Capture `run` as a CUDA graph; return its replay and its result, which every replay writes anew.
 
     The result lies in memory that existed before. Raises what the capture raises; the device works on, but under
-    cudaMallocAsync the process captures nothing more (`unusable`). Garbage collection is off meanwhile: it could free
+    cudaMallocAsync the process captures nothing more (`unusable`). Garbage is not collected meanwhile: that could free
     tensors of other streams.
     """
     if reason := unusable():
         raise RuntimeError(reason)
     graph, made, stream = torch.cuda.CUDAGraph(), _Made(), torch.cuda.Stream()
-    gc.collect()
     torch.cuda.synchronize()
     # not torch.cuda.graph: where ending the capture fails, it leaves its own stream the current one
     with torch.cuda.stream(stream), _no_collection():

@@ -11,7 +11,7 @@ D head dim, dim = heads * D.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .positions import apply_rope, rope_table
 
@@ -173,7 +174,10 @@ class WanModel(nn.Module):
         """
         layers = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
         dim = sd["head.modulation"].shape[-1]
-        with torch.device("meta") if share else nullcontext():
+        with ExitStack() as places:
+            if share:
+                places.enter_context(torch.device("meta"))
+                places.enter_context(_Uninitialised())
             model = cls(
                 dim=dim,
                 ffn_dim=sd["blocks.0.ffn.0.weight"].shape[0],
@@ -250,6 +254,16 @@ class WanModel(nn.Module):
             if getattr(m, "weight", None) is not None:
                 nn.init.normal_(m.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Constructors leave parameters as they are: PyTorch takes 0.1 s for random values, even on device "meta"."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return args[0] if func in (Tensor.uniform_, Tensor.normal_) else func(*args, **kwargs)
 
 
 def frame_timesteps(sigma: float, batch: int, frames: int, device) -> Tensor:
