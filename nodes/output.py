@@ -132,20 +132,26 @@ class Output:
             self.progress.update_absolute(self.progress.current, preview=preview)
 
     def _submit(self, decode: Callable[[], tuple[Tensor, ...]], use: Callable[..., object]) -> None:
-        """Once more where memory runs out, when all that was added before is in the file and its memory free."""
-        mark = self.decoder.mark()
+        """Submit; once more where memory runs out, when all that was added before is in the file and its memory free.
+
+        An interrupt that the host's layers raise in the middle of decoding is raised after the chunk is submitted.
+        """
+        mark, again, stopped = self.decoder.mark(), True, None
         try:
             self._queue.submit(decode, use)
+            again = False
         except torch.OutOfMemoryError as error:
             logger.warning("Out of memory while decoding; trying once more: %s", reason_of(error))
-            again = True
-        else:
-            again = False
+        except comfy.model_management.InterruptProcessingException as error:  # which lowers the host's flag
+            stopped = error.with_traceback(None)
         if again:  # outside the handler, whose error keeps the failed call's tensors
             self.decoder.back_to(mark)
-            self.settle()
-            comfy.model_management.soft_empty_cache()
+            if stopped is None:
+                self.settle()
+                comfy.model_management.soft_empty_cache()
             self._queue.submit(decode, use)
+        if stopped is not None:
+            raise stopped
         self._queue.wait_for_room()
 
     def _decode(self, raw: Tensor) -> tuple[Tensor]:

@@ -122,6 +122,8 @@ class StreamDecoder:
         self._waiting: Tensor | None = None
         self._started = False
         self._fast: FastDecoder | None = None
+        self._fast_video: Tensor | None = None  # what the pack's decoder gave since `mark`
+        self._again = False  # whether it is asked for that again
 
     def push(self, latent: Tensor) -> Tensor:
         """Raw latents [1, 16, F, h, w] -> frames [n, 8h, 8w, 3] float32 in 0..1 on the VAE's device; n may be 0."""
@@ -134,7 +136,7 @@ class StreamDecoder:
             parts = [self._decode(latent[:, :, :1])]
             latent = latent[:, :, 1:]
         elif self._fast is not None:
-            return self._shown(self._fast.push(latent))
+            return self._shown(self._push_fast(self._fast, latent))
         else:
             parts = []
         if self._waiting is not None:
@@ -152,12 +154,17 @@ class StreamDecoder:
         return torch.empty(0, 0, 0, 3) if waiting is None else self._decode(waiting)
 
     def mark(self) -> Any:
-        """What is remembered now, for `back_to`. The pack's own decoder overwrites it: it allocates little, once."""
+        """What is remembered now, for `back_to`."""
+        self._fast_video = None
         return self._started, self._waiting, list(self._cache), self._fast
 
     def back_to(self, mark: Any) -> None:
-        """Forget what was pushed since `mark`."""
+        """Forget what was pushed since `mark`: nothing, or one piece, which must be pushed again next.
+
+        The pack's own decoder overwrites what it remembers, so frames that it has given are not computed again.
+        """
         self._started, self._waiting, self._cache, self._fast = mark
+        self._again = self._fast is not None and self._fast_video is not None
 
     def snapshot(self) -> dict[str, Tensor]:
         """What is remembered between two pushes, by the cache's places; the host's marks become a bool."""
@@ -201,6 +208,12 @@ class StreamDecoder:
             logger.warning("The VAE decodes with ComfyUI's own layers: %s: %s", type(error).__name__, error)
             return None
 
+    def _push_fast(self, fast: FastDecoder, latent: Tensor) -> Tensor:
+        video = self._fast_video if self._again else None
+        self._again = False
+        self._fast_video = fast.push(latent) if video is None else video
+        return self._fast_video
+
     def _no_frames(self, latent: Tensor) -> Tensor:
         shape = 0, 8 * latent.shape[3], 8 * latent.shape[4], 3
         return torch.empty(shape, device=latent.device)
@@ -214,4 +227,5 @@ class StreamDecoder:
 
     def _shown(self, video: Tensor) -> Tensor:
         """[1, 3, n, H, W] of about -1 to 1 -> [n, H, W, 3] in 0..1."""
-        return self.vae.process_output(video.float())[0].movedim(0, -1)
+        video = video.to(torch.float32, copy=True)  # process_output may work in place
+        return self.vae.process_output(video)[0].movedim(0, -1)

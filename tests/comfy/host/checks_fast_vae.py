@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 from checks_common import close, noise, pack, tiny_vae
 
@@ -25,7 +27,10 @@ def check_fast_vae_and_host_continue_each_other():
     with torch.inference_mode():
         want = vae.process_output(vae.first_stage_model.decode(latent))[0].movedim(0, -1)
         for pieces in (3, 1):
-            stream, decoder = streams.StreamDecoder(vae, latent.shape[3:]), pack("nodes.fast_vae").take_over(vae)
+            stream, decoder = (
+                streams.StreamDecoder(vae, latent.shape[3:]),
+                pack("nodes.fast_vae").take_over(vae),
+            )
             stream.push(latent[:, :, :pieces])
             decoder.restore(stream.snapshot())
             frames = vae.process_output(decoder.push(latent[:, :, pieces:]))[0].movedim(0, -1)
@@ -37,6 +42,26 @@ def check_fast_vae_and_host_continue_each_other():
             other.check(saved)
             other.restore(saved)
             close(other.push(latent[:, :, pieces:]), want[4 * pieces - 3 :])
+
+
+def check_fast_vae_gives_a_piece_again():
+    """Its memory is overwritten, so a push that is called back gives the frames that were made."""
+    vae, latent = tiny_vae(), noise(9, 2, 4)
+    with torch.inference_mode():
+        fast, stream = (
+            pack("nodes.fast_vae").take_over(vae),
+            pack("nodes.vae_stream").StreamDecoder(vae, (2, 4)),
+        )
+        with patch.object(pack("nodes.vae_stream"), "fast_decoder", lambda *_: fast):
+            parts = []
+            for piece in latent.split(3, dim=2):
+                mark = stream.mark()
+                before = stream.push(piece).clone()
+                if parts:
+                    stream.back_to(mark)
+                    assert torch.equal(stream.push(piece), before)
+                parts.append(before)
+        close(torch.cat(parts), vae.decode(latent)[0])
 
 
 def check_fast_vae_says_why_not():

@@ -111,6 +111,35 @@ def check_output_keeps_what_was_finished_before_a_cancel():
     assert len(video.get_components().images) == 21
 
 
+def check_output_keeps_the_chunk_whose_decoding_is_interrupted():
+    """The host's layers raise its interrupt anywhere; here it is between two chunks' worth of them."""
+    for vae, name in ((tiny_vae(), "StreamDecoder"), (taehv(), "TinyStreamDecoder")):
+        model, pushes = apply(tiny_model()), []
+
+        def interrupted(real, pushes=pushes):
+            def push(self, latent):
+                frames = real(self, latent)
+                pushes.append(latent)
+                if len(pushes) == 2:
+                    comfy.model_management.interrupt_current_processing()
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                return frames
+
+            return push
+
+        with (
+            instead(getattr(pack("nodes.vae_stream"), name), "push", interrupted),
+            log_said() as texts,
+        ):
+            try:
+                stream_video(model, vae, seconds=3.0)
+                raise AssertionError("the interrupt was ignored")
+            except comfy.model_management.InterruptProcessingException:
+                pass
+        assert len(texts) == 1 and texts[0].startswith("Stopped early: 21 frames are kept in "), texts
+        assert len(pushes) == 3 and not comfy.model_management.processing_interrupted()
+
+
 def check_output_ends_the_run_when_the_disk_is_full():
     model, vae, module = apply(tiny_model()), tiny_vae(), pack("nodes.stream_video")
 
