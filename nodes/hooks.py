@@ -116,7 +116,7 @@ def diffusion_model_wrapper(
             dtype=torch.float32,
             **known(network.rope_encode, transformer_options=transformer_options),
         )
-        current = ForwardPass(states, freqs, transformer_options)
+        current = ForwardPass(states, freqs, transformer_options, run.workspace)
         transformer_options = {**transformer_options, PASS: current}
     forward = partial(
         executor, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs

@@ -18,6 +18,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ..kernels import preferred_block_tokens
+from ..kernels.workspace import Workspace
 from ..sparse_attn.config import AttentionConfig
 from ..sparse_attn.frame_cache import RECENT_FRAMES
 from ..sparse_attn.fused_attention import FusedAttention, Projections
@@ -78,6 +79,7 @@ class SamplingRun:
         attention.validate(chunk_frames)
         self.attention, self.chunk_frames, self.total_frames = attention, chunk_frames, total_frames
         self.reserve_bytes, self.rereads = reserve_bytes, rereads
+        self.workspace = Workspace()  # for attention on the host's own layers
         self.retaken: set[int] = set()  # layers that another pack took and this run took back
         self.tried = False  # whether a forward has shown which layers those are
         self.guided = True  # whether the negative side is evaluated, too
@@ -154,6 +156,7 @@ class SamplingRun:
     def close(self) -> None:
         """Give the memory back; the run could start anew."""
         self.states.clear()
+        self.workspace = Workspace()
         self.fast = UNDECIDED
         self.finished = None
         self.tried = False
@@ -225,7 +228,14 @@ class ForwardPass:
     Dense and window attention go through the host's own attention function, where other nodes may have taken its place.
     """
 
-    def __init__(self, states: list[StreamState], freqs: Tensor, transformer_options: dict[str, Any]):
+    def __init__(
+        self,
+        states: list[StreamState],
+        freqs: Tensor,
+        transformer_options: dict[str, Any],
+        workspace: Workspace,
+    ):
+        self.workspace = workspace
         self.states, self.freqs, self.transformer_options = states, freqs, transformer_options
         self.layers: set[int] = set()  # that have attended
         self._fused: list[tuple[FusedAttention, tuple[Tensor, ...]]] = []
@@ -253,10 +263,11 @@ class ForwardPass:
                 attention = FusedAttention(state)
                 self._fused.append((attention, attention.tables(qkv[0].device)))
         rows = zip(*(t.chunk(len(self.states)) for t in qkv), strict=True)
-        parts = [
-            attention.attend(layer, Projections(q, k, v, *norms, *self._rope), tables)
-            for (attention, tables), (q, k, v) in zip(self._fused, rows, strict=True)
-        ]
+        parts = []
+        with self.workspace:
+            for (attention, tables), (q, k, v) in zip(self._fused, rows, strict=True):
+                out = attention.attend(layer, Projections(q, k, v, *norms, *self._rope), tables)
+                parts.append(out if len(self.states) == 1 else out.clone())  # the next one's takes its place
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -115,9 +115,16 @@ _POOL = _register(
 )
 
 
-def _callable(name: str, run: Callable) -> Callable:
+attention = getattr(torch.ops.sparse_forcing, _ATTENTION).default
+attention_backward = getattr(torch.ops.sparse_forcing, _ATTENTION_BACKWARD).default
+attention_mass = getattr(torch.ops.sparse_forcing, _MASS).default
+route = getattr(torch.ops.sparse_forcing, _ROUTE).default
+route_parts = getattr(torch.ops.sparse_forcing, _ROUTE_PARTS).default
+pool_pages = getattr(torch.ops.sparse_forcing, _POOL).default
+
+
+def direct(operator: Callable, run: Callable) -> Callable:
     """The operator; where nothing differentiates or compiles, its code itself: torch's dispatch costs 30 us a call."""
-    operator = getattr(torch.ops.sparse_forcing, name).default
 
     def call(*args: Any) -> Any:
         wanted = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -126,12 +133,10 @@ def _callable(name: str, run: Callable) -> Callable:
     return call
 
 
-attention = _callable(_ATTENTION, _attention)
-attention_backward = getattr(torch.ops.sparse_forcing, _ATTENTION_BACKWARD).default
-attention_mass = getattr(torch.ops.sparse_forcing, _MASS).default
-route = _callable(_ROUTE, router.route)
-route_parts = _callable(_ROUTE_PARTS, router.route_parts)
-pool_pages = _callable(_POOL, router.pool_pages)
+run_attention = direct(attention, _attention)
+run_route = direct(route, router.route)
+run_route_parts = direct(route_parts, router.route_parts)
+run_pool_pages = direct(pool_pages, router.pool_pages)
 
 
 def _save(ctx, inputs, output) -> None:
