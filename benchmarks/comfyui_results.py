@@ -131,9 +131,12 @@ def merged(
         if name in FIGURES and not made & set(FIGURES[name][1:])
     }
     runs[label] = facts | {"commands": commands, "summary": figures | summary, "records": kept + records}
+    plain = runs.get(NO_FLAGS, {})
     return {
         "machine": facts["machine"],
-        "summary": runs.get(NO_FLAGS, {}).get("summary", {}),
+        "date": plain.get("date"),
+        "command": "; ".join(plain.get("commands", [])),
+        "summary": plain.get("summary", {}),
         "runs": runs,
     }
 

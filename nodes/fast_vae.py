@@ -12,6 +12,7 @@ from torch import nn
 from ..kernels.pbsa.constraints import TRITON, Call
 from ..sparse_attn.fast_vae import DECODER, FastDecoder, bytes_needed, decoder_weights, why_not
 from .fast_pass import SPARE_BYTES, host_weights
+from .host import PUBLISHED_WIDTH
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
@@ -44,6 +45,8 @@ def why_not_fast(vae: Any, height: int, width: int) -> str | None:
     network, device, dtype = vae.first_stage_model, torch.device(vae.device), vae.vae_dtype
     if device.type != "cuda":
         return f"on {device.type} it is as fast"
+    if network.decoder.head[0].gamma.shape[0] < PUBLISHED_WIDTH:
+        return "it is smaller than Wan's, for whose width alone the convolutions' speed was measured"
     return (
         TRITON.why_not(Call("norm_to_window", device, dtype))
         or why_not(network, device, dtype)

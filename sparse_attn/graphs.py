@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .frame_queue import side_stream
+
 Result = TypeVar("Result")
 
 
@@ -75,7 +77,7 @@ def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Re
     """
     if reason := unusable():
         raise RuntimeError(reason)
-    graph, made, stream = torch.cuda.CUDAGraph(), _Made(), torch.cuda.Stream()
+    graph, made, stream = torch.cuda.CUDAGraph(), _Made(), _capture_stream()
     torch.cuda.synchronize()
     # not torch.cuda.graph: where ending the capture fails, it leaves its own stream the current one
     with torch.cuda.stream(stream), _no_collection():
@@ -90,6 +92,11 @@ def record(run: Callable[[], Result], pool: Any) -> tuple[Callable[[], None], Re
             raise
         graph.capture_end()
     return graph.replay, result
+
+
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: PyTorch hands out few streams in turn, and a new one could be the decoder's."""
+    return side_stream(torch.device("cuda", torch.cuda.current_device()), "capture")
 
 
 def _give_up(graph: torch.cuda.CUDAGraph, tensors: list[Any], error: BaseException) -> None:
