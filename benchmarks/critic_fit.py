@@ -106,7 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     world = world_model.load_world_model(args.device)
     vae = common.channels_last(world.vae)
-    seen, unseen = clips(vae, args.clips, 1, args.device), clips(vae, min(HELD_OUT, args.clips), 2, args.device)
+    seen, unseen = (
+        clips(vae, args.clips, 1, args.device),
+        clips(vae, min(HELD_OUT, args.clips), 2, args.device),
+    )
     found: dict[str, dict] = {}
     first: Tensor | None = None
     for topk in args.topk:
@@ -130,7 +133,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"topk {topk:g}  loss at noise {shown}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"levels": LEVELS, "torch": torch.__version__, **{k: str(v) for k, v in vars(args).items()}}
-    (args.out / "critic_fit.json").write_text(json.dumps({"settings": facts, "found": found}, indent=1) + "\n")
+    (args.out / "critic_fit.json").write_text(
+        json.dumps({"settings": facts, "found": found}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def why_not_fast(vae: Any, height: int, width: int) -> str | None:
 
 
 def _changed(network: nn.Module) -> str | None:
-    """How somebody has changed what the decoder's modules compute, or None."""
+    """How another node has changed what the decoder's modules compute, or None."""
     for part in DECODER:
         for name, module in getattr(network, part).named_modules(prefix=part):
             if "forward" in vars(module):

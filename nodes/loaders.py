@@ -156,7 +156,10 @@ class SparseForcingWorldModel(io.ComfyNode):
                 f"The world model's weights are missing: {', '.join(missing)}. Reinstall the pack."
             )
         model = load_causal_model(str(DIT_FILE), True, {})
-        model.model_options["transformer_options"] |= {session.FIRST_STEPS: FIRST_STEPS, session.PROPOSED: ATTENTION}
+        model.model_options["transformer_options"] |= {
+            session.FIRST_STEPS: FIRST_STEPS,
+            session.PROPOSED: ATTENTION,
+        }
         return io.NodeOutput(model, world_clip(load_file(TEXT_FILE)), wan_vae(load_file(VAE_FILE)))
 
 

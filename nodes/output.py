@@ -1,7 +1,7 @@
 """What becomes of a chunk whose passes are done: it is decoded, written into the video and shown on the page.
 
-The sampling thread launches the decoder on a CUDA stream of its own and goes on with the next chunk. A worker waits for
-the frames, encodes and writes them and makes the page's messages (`sparse_attn.frame_queue`). No module of the host
+The sampling thread launches the decoder on a CUDA stream of its own and continues with the next chunk. A worker waits
+for the frames, encodes and writes them and makes the page's messages (`sparse_attn.frame_queue`). No module of the host
 runs in the worker; its interrupts and its progress bar stay on the sampling thread.
 """
 

@@ -1,4 +1,4 @@
-"""What follows when the fast pass fails: the video goes on, on ComfyUI's own layers.
+"""What follows when the fast pass fails: the video continues on ComfyUI's own layers.
 
 A failure between chunks or in a noisy pass costs only that pass, which is made again (`hooks`): it has not touched what
 finished chunks left in the memory. A clean pass that updates shared pages layer by layer cannot be made again on top of
@@ -56,13 +56,13 @@ def recovering(run: SamplingRun, evaluate: Denoise, device: torch.device) -> Den
 def rewrite(run: SamplingRun, denoise: Denoise, device: torch.device) -> None:
     """Write the finished latents into an emptied memory by clean passes, and reopen the chunk that was open.
 
-    All of them pass under the prompt of now. RuntimeError where nobody holds the finished latents.
+    All of them pass under the present prompt. RuntimeError where the finished latents are not available.
     """
     frame, frames, finished = run.frame, run.open_frames, run.finished
     if finished is None and frame > run.first_frame:
         raise RuntimeError(
-            "The fast pass failed in a clean pass, and the finished latents to write the memory anew from are not at "
-            "hand: switch fast_pass off in Apply Sparse Forcing."
+            "The fast pass failed in a clean pass, and the finished latents to write the memory anew from are not "
+            "available: switch fast_pass off in Apply Sparse Forcing."
         )
     logger.warning(
         "Sparse Forcing writes %d finished latent frames into its memory again%s.",
@@ -94,7 +94,7 @@ def reason_of(error: Exception) -> str:
 
 
 def free_device_memory() -> None:
-    """Give back what nobody refers to any more, such as a failed pass's graphs."""
+    """Free what is not referenced any more, such as a failed pass's graphs."""
     gc.collect()
     comfy.model_management.soft_empty_cache()
 

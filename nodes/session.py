@@ -170,9 +170,9 @@ class SamplingRun:
         self.frame = self.first_frame
 
     def give_up_fast(self, reason: str) -> None:
-        """Go on with ComfyUI's own layers, and free what the fast pass holds."""
+        """Continue with ComfyUI's own layers, and free what the fast pass holds."""
         logger.warning(
-            "Sparse Forcing gives its fast pass up and goes on with ComfyUI's own layers: %s", reason
+            "Sparse Forcing gives its fast pass up and continues with ComfyUI's own layers: %s", reason
         )
         self.fast = None
         free_device_memory()

@@ -83,7 +83,9 @@ class PagedKV:
         self.least_tokens = least_tokens(chunk_frames, tuple(grid), attention.block_tokens)
         self.window_chunks = attention.window_frames // chunk_frames
         self.capacity = attention.persistent_frames // chunk_frames * blocks
-        self.shared = share_open and self.window_chunks > 1  # a window of the open chunk alone has nowhere else to rest
+        self.shared = (
+            share_open and self.window_chunks > 1
+        )  # a window of the open chunk alone has nowhere else to rest
         slots = self.capacity + self.window_chunks * blocks
         self.resting = slots - blocks if self.shared else slots  # R
         table_shape = (layers, groups, slots)
@@ -96,10 +98,14 @@ class PagedKV:
         )
         self.table = torch.zeros((*table_shape[:2], self.resting), dtype=torch.int64, device=device)
         open_slots = torch.arange(self.resting, slots, device=device)
-        self._open_slots = open_slots.expand(*table_shape[:2], -1).contiguous()  # CUDA graphs know where it is
+        self._open_slots = open_slots.expand(
+            *table_shape[:2], -1
+        ).contiguous()  # CUDA graphs know where it is
         # what the open chunk's blocks gave each page, each layer's latest: what the clean pass found decides
         self.shares: list[Tensor | None] = [None] * layers
-        self.finished: set[int] = set()  # layers that hold the open chunk where the others hold what was before it
+        self.finished: set[int] = (
+            set()
+        )  # layers that hold the open chunk where the others hold what was before it
         self._groups = torch.arange(groups, device=device)[:, None]
         self.reset()
 
@@ -401,7 +407,10 @@ class PagedKV:
         """
         finished, current = self._window_of(layer)
         (_, read), _, (_, write) = self._views(layer) if self.shared else self.pages(layer)
-        slots, lens = torch.cat([self.table[layer, :, : self.persistent], finished], dim=-1), self.page_len[layer]
+        slots, lens = (
+            torch.cat([self.table[layer, :, : self.persistent], finished], dim=-1),
+            self.page_len[layer],
+        )
         rest = slice(0, self.resting)
         if self.shared:
             new = slice(self.resting, None)

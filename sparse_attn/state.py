@@ -84,7 +84,9 @@ class StreamState:
         # normal tensors even where a host is in inference mode, so that any thread may restore a session into them
         with torch.inference_mode(False):
             self.cache = (
-                self._paged(device, share_open) if attention.mode == "sparse" else self._frames(total_frames, device)
+                self._paged(device, share_open)
+                if attention.mode == "sparse"
+                else self._frames(total_frames, device)
             )
         self.reset()
 

@@ -91,7 +91,12 @@ def judged_span(scenes: list[Scene]) -> tuple[int, int]:
 def moments(scene: Scene) -> dict[str, int]:
     """Video frames to look at, by what they show; the first two are given."""
     (away, back), (judged, _) = absence(scene), judged_span([scene])
-    return {"seen": (FIRST_SEEN + away) // 2, "away": (away + back) // 2, "coming back": back + 8, "back": judged}
+    return {
+        "seen": (FIRST_SEEN + away) // 2,
+        "away": (away + back) // 2,
+        "coming back": back + 8,
+        "back": judged,
+    }
 
 
 def _rest(scene: Scene) -> int:

@@ -10,7 +10,7 @@ import comfy.model_management
 import torch
 from checks_common import MODES, apply, close, fails, log_said, noise, our_sampler, pack, sample, tiny_model
 
-GIVES_UP = "gives its fast pass up and goes on with ComfyUI's own layers: "
+GIVES_UP = "gives its fast pass up and continues with ComfyUI's own layers: "
 NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable."
 STEPS = 4
 
