@@ -24,13 +24,16 @@ def said_while_compiling(kind: Hashable) -> Iterator[None]:
     if kind in _ready:
         yield
         return
-    if not _ready:
+    first = not _ready
+    if first:
         show_text("Preparing kernels. Compiling them takes up to 20 s, once per machine.", _node_id())
         logger.info("Sparse Forcing prepares its kernels; compiling them takes up to 20 s, once per machine.")
     began = time.monotonic()
     yield
     _ready.add(kind)
     took = time.monotonic() - began
+    if first:
+        show_text(f"Kernels were ready after {took:.1f} s.", _node_id())
     if took > NOTICED:
         logger.info("Kernels were compiled in %.1f s; Triton's cache keeps them for the next start.", took)
 
