@@ -1,8 +1,8 @@
 """Named device buffers for what kernels write, so that a CUDA graph captures no allocation that a kernel sees.
 
 ComfyUI's default allocator on NVIDIA is cudaMallocAsync. Under it, memory that is allocated while a graph is captured
-is unknown to the driver's pointer query that Triton makes for every tensor argument: the launch raises ValueError, and
-an exception inside a capture ends the process. So a pass runs once eagerly with a workspace active, which makes every
+is unknown to the driver's pointer query that Triton makes for every tensor argument: the launch raises ValueError,
+and the capture is lost (`sparse_attn.graphs`). So a pass runs once eagerly with a workspace active, which makes every
 buffer; a capture of the same pass then finds all of them and allocates nothing that a kernel reads or writes.
 
     workspace = Workspace()
@@ -34,9 +34,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
-        self._views: dict[
-            tuple, Tensor
-        ] = {}  # of buffers, as they were asked for: a pass asks hundreds of times
+        self._views: dict[tuple, Tensor] = {}  # of buffers, by request: a pass makes hundreds of them
         self._replaced: list[Tensor] = []
         self._outer: Workspace | None = None
 

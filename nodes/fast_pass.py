@@ -163,7 +163,7 @@ def _opaque_layers(network: Any) -> dict[str, Any]:
     return {
         name: module
         for name, module in network.named_modules()
-        if LINEAR.search(name) and not _changed_by_hand(module) and (not _known(module) or _smooths(module))
+        if LINEAR.search(name) and not changed_by_hand(module) and (not _known(module) or _smooths(module))
     }
 
 
@@ -182,10 +182,11 @@ def _kind_of(module: nn.Module) -> str:
 
 def _foreign(module: nn.Module) -> str | None:
     """How a module differs from the host's own Wan, or None."""
-    return _changed_by_hand(module) or (None if _known(module) else _kind_of(module))
+    return changed_by_hand(module) or (None if _known(module) else _kind_of(module))
 
 
-def _changed_by_hand(module: nn.Module) -> str | None:
+def changed_by_hand(module: nn.Module) -> str | None:
+    """How another node has changed what a module computes, or None."""
     replaced = vars(module).get("forward")
     if replaced is not None and not hasattr(replaced, "sparse_forcing"):
         return "has its forward replaced"

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..kernels.pbsa.constraints import TRITON, Call
 from ..sparse_attn.fast_vae import DECODER, FastDecoder, bytes_needed, decoder_weights, why_not
-from .fast_pass import SPARE_BYTES, host_weights
+from .fast_pass import SPARE_BYTES, changed_by_hand
 from .host import PUBLISHED_WIDTH
+from .weights import host_weights
 
 logger = logging.getLogger("sparse_forcing.nodes")
 
@@ -59,10 +60,8 @@ def _changed(network: nn.Module) -> str | None:
     """How another node has changed what the decoder's modules compute, or None."""
     for part in DECODER:
         for name, module in getattr(network, part).named_modules(prefix=part):
-            if "forward" in vars(module):
-                return f"{name} has its forward replaced"
-            if module._forward_hooks or module._forward_pre_hooks:
-                return f"{name} has forward hooks"
+            if reason := changed_by_hand(module):
+                return f"{name} {reason}"
     return None
 
 

@@ -135,18 +135,16 @@ def _same(tensor: Tensor, own: Tensor) -> bool:
 
 def build_model(network: Any, weights: dict[str, Tensor], layers: Mapping[str, Any], x: Tensor) -> WanModel:
     """Our backbone of the host's widths over `weights` themselves, with `layers` in place of its linear layers."""
-    with torch.device("meta"):
-        model = WanModel(
-            dim=network.dim,
-            ffn_dim=network.ffn_dim,
-            num_heads=network.num_heads,
-            num_layers=len(network.blocks),
-            in_dim=weights["patch_embedding.weight"].shape[1],
-            out_dim=network.out_dim,
-            text_dim=network.text_dim,
-            freq_dim=network.freq_dim,
-        )
-    model.requires_grad_(False)
+    model = WanModel.without_weights(
+        dim=network.dim,
+        ffn_dim=network.ffn_dim,
+        num_heads=network.num_heads,
+        num_layers=len(network.blocks),
+        in_dim=weights["patch_embedding.weight"].shape[1],
+        out_dim=network.out_dim,
+        text_dim=network.text_dim,
+        freq_dim=network.freq_dim,
+    )
     for name, layer in layers.items():
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, HostLinear(layer, x))

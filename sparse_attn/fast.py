@@ -31,6 +31,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..kernels import failed_kernels, fused
+from ..kernels.pbsa.constraints import first_line
 from ..kernels.workspace import Workspace, active, held
 from .fast_weights import FastBlock, FastModel, FastOptions, linear
 from .frame_cache import FrameCache
@@ -420,7 +421,7 @@ class FastPass:
             try:
                 self.graphs.captured[key] = self._capture(inputs, text, reuse, wanted=key[1])
             except Exception as error:  # whatever cannot be captured can still be run
-                self.graphs.failure = f"capture failed: {type(error).__name__}: {_first_line(error)}"
+                self.graphs.failure = f"capture failed: {type(error).__name__}: {first_line(error)}"
                 logger.warning("CUDA graphs are not used: %s", self.graphs.failure)
                 return None
         return self.graphs.captured[key]
@@ -456,10 +457,6 @@ def _timestep(x_BCFHW: Tensor, sigma: float) -> Tensor:
     """[B, F] float32."""
     shape = x_BCFHW.shape[0], x_BCFHW.shape[2]
     return torch.full(shape, 1000.0 * sigma, dtype=torch.float32, device=x_BCFHW.device)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 # --- what the options cost --------------------------------------------------------------------------------------------

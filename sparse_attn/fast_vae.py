@@ -147,7 +147,7 @@ class FastDecoder:
         self._past: list[Tensor] = []
         self._replay: Callable[[], None] | None = None
         self._warm = False  # kernels and libraries have run a later frame
-        self._seen = 0  # latent frames of this stream; 2 stands for more
+        self._seen = 0  # latent frames of this stream, counted to 2
         self._waiting: Tensor | None = None
 
     # --- the stream ---------------------------------------------------------------------------------------------

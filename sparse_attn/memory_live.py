@@ -70,12 +70,6 @@ def gather_tables(state: StreamState) -> tuple[Tensor, Callable[[Tensor], KeptBl
     return tables, lambda copied: KeptBlocks(copied[0].numpy(), copied[1].numpy(), *rest)
 
 
-def copy_tables(state: StreamState) -> KeptBlocks | None:
-    """`gather_tables` on the CPU, in one copy that waits for the device."""
-    gathered = gather_tables(state)
-    return None if gathered is None else gathered[1](gathered[0].cpu())
-
-
 def summarise(kept: KeptBlocks) -> dict[str, Any]:
     """The map as JSON, layers and heads together: a tile for each stretch of frames that no block crosses.
 

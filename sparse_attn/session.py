@@ -91,7 +91,7 @@ def fingerprint(
     """Tell models apart by a hash of the shapes and signs of the parameters `names`.
 
     Signs survive what a host does to weights: moves and casts to any float dtype (a negative value that underflows
-    becomes -0). originals: parameters as they were before somebody patched them in place. salt: hashed as well.
+    becomes -0). originals: parameters as they were before they were patched in place. salt: hashed as well.
     """
     digest = hashlib.sha256(salt.encode())
     for name in names:

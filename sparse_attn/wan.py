@@ -11,7 +11,6 @@ D head dim, dim = heads * D.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -174,24 +173,25 @@ class WanModel(nn.Module):
         """
         layers = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
         dim = sd["head.modulation"].shape[-1]
-        with ExitStack() as places:
-            if share:
-                places.enter_context(torch.device("meta"))
-                places.enter_context(_Uninitialised())
-            model = cls(
-                dim=dim,
-                ffn_dim=sd["blocks.0.ffn.0.weight"].shape[0],
-                num_heads=dim // 128,
-                num_layers=layers,
-                in_dim=sd["patch_embedding.weight"].shape[1],
-                out_dim=sd["head.head.weight"].shape[0] // PATCH**2,
-                text_dim=sd["text_embedding.0.weight"].shape[1],
-                freq_dim=sd["time_embedding.0.weight"].shape[1],
-                ops=ops,
-            )
-        model.requires_grad_(not share)
+        model = (cls.without_weights if share else cls)(
+            dim=dim,
+            ffn_dim=sd["blocks.0.ffn.0.weight"].shape[0],
+            num_heads=dim // 128,
+            num_layers=layers,
+            in_dim=sd["patch_embedding.weight"].shape[1],
+            out_dim=sd["head.head.weight"].shape[0] // PATCH**2,
+            text_dim=sd["text_embedding.0.weight"].shape[1],
+            freq_dim=sd["time_embedding.0.weight"].shape[1],
+            ops=ops,
+        )
         model.load_state_dict(sd, assign=share)
         return model
+
+    @classmethod
+    def without_weights(cls, **widths: Any) -> WanModel:
+        """The backbone on device "meta", for weights that are assigned to it; for inference. widths: of __init__."""
+        with torch.device("meta"), _Uninitialised():
+            return cls(**widths).requires_grad_(False)
 
     @property
     def dtype(self) -> torch.dtype:

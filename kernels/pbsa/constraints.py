@@ -173,7 +173,7 @@ def serve(
         raise
     except Exception as error:  # whatever a compiler or a launch raises
         _on_cuda.cache_clear()
-        _failed[operation] = f"its kernel failed here ({type(error).__name__}: {_first_line(error)})"
+        _failed[operation] = f"its kernel failed here ({type(error).__name__}: {first_line(error)})"
         logger.warning("PBSA %s is slower now: not triton, %s", operation, _failed[operation])
         return by_reference()
 
@@ -186,7 +186,8 @@ def failed_kernels() -> list[str]:
     return sorted(_failed)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's text for a log line."""
     return (str(error).strip().splitlines() or [""])[0][:300]
 
 

@@ -8,7 +8,7 @@ import torch
 from sparse_forcing_pack.sparse_attn import memory_live as module
 from sparse_forcing_pack.sparse_attn.config import AttentionConfig
 from sparse_forcing_pack.sparse_attn.geometry import BlockGeometry
-from sparse_forcing_pack.sparse_attn.memory_live import copy_tables, summarise
+from sparse_forcing_pack.sparse_attn.memory_live import gather_tables, summarise
 from sparse_forcing_pack.sparse_attn.memory_map import PARTS, read_memory_map
 
 GRIDS = [(4, 4), (5, 7), (3, 1)]  # the second and third divide into ragged tiles
@@ -32,6 +32,12 @@ def streamed(make_toy, make_video):
         return state
 
     return run
+
+
+def copy_tables(state):
+    """What a page is handed, by way of the CPU."""
+    gathered = gather_tables(state)
+    return None if gathered is None else gathered[1](gathered[0].cpu())
 
 
 def by_first_frame(state):

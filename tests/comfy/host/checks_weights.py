@@ -94,7 +94,7 @@ def check_weights_with_a_lora():
 
 
 class Packed(torch.Tensor):
-    """Stands for a tensor of ComfyUI-GGUF: bytes, and the shape that they mean."""
+    """Imitates a tensor of ComfyUI-GGUF: bytes, and the shape that they mean."""
 
     tensor_shape: torch.Size
 
@@ -104,7 +104,7 @@ class Packed(torch.Tensor):
 
 
 class GgufLinear(comfy.ops.manual_cast.Linear):
-    """Stands for ComfyUI-GGUF's layer: its own way to ask for a weight, and bytes that no other layer could read."""
+    """Imitates ComfyUI-GGUF's layer: its own way to ask for a weight, and bytes that no other layer could read."""
 
     def __init__(self, layer):
         torch.nn.Module.__init__(self)
@@ -130,7 +130,7 @@ GgufLinear.__module__ = "custom_nodes.ComfyUI-GGUF.ops"
 
 
 class Foreign(torch.nn.Module):
-    """A linear layer of which nobody knows how it computes: here, in two halves."""
+    """A linear layer of an unknown class, which computes in two halves."""
 
     def __init__(self, layer):
         super().__init__()
